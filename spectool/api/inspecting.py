@@ -15,16 +15,15 @@ from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.operators import function_map
 from spectool.api.rows import Options, analysed_row, fill, listed_row
 from spectool.api.selecting import select
-from spectool.checkpoint import open_checkpoint, sha256_of
+from spectool.api.sources import InputShapes, find, named_shapes
+from spectool.checkpoint import sha256_of
 from spectool.errors import NothingToAnalyse, UsageError
-from spectool.graph import Survey, survey
+from spectool.graph import Region, Survey
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Report, Row
 from spectool.spectrum import svds
 from spectool.spectrum.types import Method
 
-Shape = tuple[int, ...]
-InputShapes = Shape | Sequence[int] | Mapping[str, Sequence[int]]
 Source = str | Path | torch.nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
 _CACHE_BYTES = 64 << 20
@@ -49,6 +48,8 @@ def inspect(
     assume_bn: bool = False,
     key: str | None = None,
     list_only: bool = False,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
     shard: tuple[int, int] | None = None,
     hash: bool = False,
     progress: Progress = silent,
@@ -75,6 +76,9 @@ def inspect(
         kinds: Kinds to keep.
         assume_bn: Whether to guess conv–batch-norm pairs where the file has no program.
         key: Which branch of a nested training checkpoint to take.
+        arch: Architecture of a file without a program: ``torchvision:NAME``, ``timm:NAME`` or
+            ``package.module:factory``.
+        arch_args: Keyword arguments of the architecture's factory.
         list_only: Whether to list operators and geometry only, nothing computed.
         shard: (i, n): analyse every n-th operator from the i-th.
         hash: Whether to hash the file.
@@ -97,40 +101,42 @@ def inspect(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise UsageError(f"k is {k!r}; it counts singular values", hint="use k >= 1")
-    options = Options(
-        k, method, tol, max_matvecs, certify, seed, choose_device(device), choose_dtype(dtype)
-    )
+    options = Options(k, method, tol, max_matvecs, certify, seed, choose_device(device), choose_dtype(dtype))
     settings = {
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
         "device": str(options.device),
         "dtype": str(options.dtype).removeprefix("torch."),
-        "input_shape": _plain_shapes(input_shape),
+        "input_shape": {n: list(shape) for n, shape in (named_shapes(input_shape) or {}).items()} or None,
         "level": level,
         "layers": list(layers),
         "exclude": list(exclude),
         "kinds": list(kinds),
         "assume_bn": assume_bn,
         "key": key,
-        "list_only": list_only,
+        "arch": arch,
+        "arch_args": dict(arch_args) if arch_args else None,
         "shard": list(shard) if shard else None,
     }
-    if not isinstance(source, (str, Path)):
-        return _inspect_live(source, input_shape, options, settings, progress)
-    checkpoint = open_checkpoint(source, key=key)
+    if not isinstance(source, (str, Path, torch.nn.Module)):
+        return _inspect_function(source, input_shape, options, settings, progress)
     progress(Step("finding operators"))
-    found = survey(checkpoint, inputs=_named_shapes(input_shape), assume_bn=assume_bn)
-    if not found.items:
+    found = find(
+        source, input_shape=input_shape, assume_bn=assume_bn, key=key, arch=arch, arch_args=arch_args
+    )
+    items = found.survey.items
+    name = found.path or type(source).__name__
+    if not any(isinstance(item, Region) or item.operators for item in items):
         raise NothingToAnalyse(
-            f"{source} holds no linear operator ({len(checkpoint.tensors)} tensors)",
-            hint=f"`spectool ls {source}` lists what it holds",
+            f"{name} holds no linear operator",
+            hint=f"`spectool ls {name}` lists what it holds" if found.path else "",
         )
-    chosen = select(found.items, level=level, layers=layers, exclude=exclude, kinds=kinds, shard=shard)
+    chosen = select(items, level=level, layers=layers, exclude=exclude, kinds=kinds, shard=shard)
     if not chosen and shard is None:
         raise NothingToAnalyse(
-            f"the filters leave none of the {len(found.items)} rows of {source}",
+            f"the filters leave none of the {len(items)} rows of {name}",
             hint="`spectool inspect --list` shows the keys, levels and kinds",
         )
-    load = _cached(found)
+    load = _cached(found.survey)
     rows: list[Row] = []
     for index, item in enumerate(chosen):
         if list_only:
@@ -141,27 +147,31 @@ def inspect(
         rows.append(analysed_row(item, load, options, report_step))
     return Report(
         rows=tuple(rows),
-        path=str(source),
-        format=checkpoint.format,
-        sha256=sha256_of(Path(source)) if hash else None,
+        path=found.path,
+        format=found.format,
+        sha256=sha256_of(Path(found.path)) if hash and found.path else None,
         settings=settings,
         version=__version__,
-        notes=(*checkpoint.notes, *found.notes),
+        notes=found.notes,
     )
 
 
-def _inspect_live(
-    source: torch.nn.Module | Callable[[torch.Tensor], torch.Tensor],
+def _inspect_function(
+    source: Callable[[torch.Tensor], torch.Tensor],
     input_shape: InputShapes | None,
     options: Options,
     settings: dict[str, Any],
     progress: Progress,
 ) -> Report:
-    """Analyse a function, or a module that is one affine operator, as a single row."""
+    """Analyse a function as a single row."""
     if not callable(source):
-        raise UsageError(f"cannot inspect a {type(source).__name__}", hint="give a path, a module or a function")
+        raise UsageError(
+            f"cannot inspect a {type(source).__name__}", hint="give a path, a module or a function"
+        )
     if input_shape is None or isinstance(input_shape, Mapping):
-        raise UsageError("a function needs input_shape=", hint="e.g. input_shape=(3, 32, 32), without the batch axis")
+        raise UsageError(
+            "a function needs input_shape=", hint="e.g. input_shape=(3, 32, 32), without the batch axis"
+        )
     name = getattr(source, "__name__", None) or type(source).__name__
     shape = tuple(input_shape)
     operator = function_map(source, shape, str(options.device), options.dtype)
@@ -202,18 +212,3 @@ def _numbered(progress: Progress, key: str, index: int, total: int) -> Progress:
         progress(dataclasses.replace(step, task=key, index=index, total=total))
 
     return report
-
-
-def _named_shapes(shapes: InputShapes | None) -> dict[str, Shape] | None:
-    if shapes is None:
-        return None
-    if isinstance(shapes, Mapping):
-        return {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
-    return {"": tuple(int(size) for size in shapes)}
-
-
-def _plain_shapes(shapes: InputShapes | None) -> Any:
-    named = _named_shapes(shapes)
-    if named is None:
-        return None
-    return {name: list(shape) for name, shape in named.items()}

@@ -58,7 +58,9 @@ def svds(
     if not callable(operator):
         raise UsageError(f"cannot take singular values of a {type(operator).__name__}")
     if in_shape is None:
-        raise UsageError("a function needs in_shape=", hint="e.g. in_shape=(3, 32, 32), without the batch axis")
+        raise UsageError(
+            "a function needs in_shape=", hint="e.g. in_shape=(3, 32, 32), without the batch axis"
+        )
     return solve(function_map(operator, tuple(in_shape), device, dtype), k, **options)
 
 
@@ -88,7 +90,9 @@ def _module_maker(
 
     def remake(dtype: torch.dtype, device: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         state = {
-            name: tensor.detach().to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.detach().to(
+                device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype
+            )
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -42,7 +42,7 @@ class Options:
     max_matvecs: int | None = None
     certify: bool = False
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
 
 
@@ -174,6 +174,7 @@ def _not_finite(item: Region, load: Load) -> str:
 def _linear_tensors(item: Region) -> list[str]:
     names: dict[str, None] = {}
     for node in item.nodes:
+        wanted: tuple[str, ...]
         if isinstance(node.op, BatchNorm):
             wanted = (node.inputs[1], node.inputs[4])
         else:

@@ -1,1 +1,7 @@
-"""TODO."""
+"""Bytes ↔ named tensors, for every container; never runs code from a file, never imports torch to list one."""
+
+from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.open import open_checkpoint
+from spectool.checkpoint.types import Checkpoint, InertModule, InertObject, TensorRef
+
+__all__ = ["Checkpoint", "InertModule", "InertObject", "Limits", "TensorRef", "open_checkpoint"]

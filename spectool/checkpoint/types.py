@@ -18,6 +18,8 @@ class TensorRef:
     Attributes:
         name: Checkpoint key (nested keys joined by ``.``).
         dtype: Element type by its safetensors-like short name: ``float32``, ``bfloat16``, ``int64``, ``uint8``…
+            Quantised ones (``qint8``…) are read as the integers that are stored; their scale stands in
+            ``Checkpoint.metadata["quantization"]``.
         shape: Shape as stored.
         stride: Stride in elements; row-major unless the container says otherwise.
         file: File that holds the bytes (a shard, an external data file, or the checkpoint itself).
@@ -25,6 +27,11 @@ class TensorRef:
         offset: Byte offset of the tensor's first element inside ``record`` (inside ``file`` if no record).
         storage: Identity of the underlying storage; two refs with one ``storage`` share bytes.
         nbytes: Bytes of the storage that holds it.
+        base: Position in ``file`` where ``record`` begins (0 if there is no record); -1 where the bytes have no
+            position of their own (inside a protobuf message or a pickle). In a gzipped checkpoint positions count
+            in the unpacked bytes.
+        lead: Bytes of the storage that lie before the tensor's first element.
+        byteorder: Order of the bytes of one element, ``little`` or ``big``.
     """
 
     name: str
@@ -36,6 +43,9 @@ class TensorRef:
     offset: int
     storage: str
     nbytes: int
+    base: int = 0
+    lead: int = 0
+    byteorder: str = "little"
 
     @property
     def numel(self) -> int:
@@ -45,22 +55,38 @@ class TensorRef:
             count *= size
         return count
 
+    @property
+    def position(self) -> int | None:
+        """Absolute byte position of the first element in ``file``; None where there is none."""
+        return None if self.base < 0 else self.base + self.offset
+
+    @property
+    def storage_position(self) -> int | None:
+        """Absolute byte position of the storage (``nbytes`` long) in ``file``; None where there is none."""
+        return None if self.base < 0 else self.base + self.offset - self.lead
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors and, if the container has one, its program. Holds no tensor data.
+    """Named tensors and, if the container has one, its program. Holds no tensor data (but see ``program``).
 
     Attributes:
         path: What the user named.
         format: One of ``torch-zip``, ``torch-legacy``, ``torchscript``, ``pt2``, ``safetensors``,
-            ``safetensors-sharded``, ``huggingface``, ``onnx``.
-        tensors: Name → ref, in file order, optimizer-like branches left out.
+            ``safetensors-sharded``, ``torch-sharded``, ``huggingface``, ``onnx``.
+        tensors: Name → ref, in file order, optimizer-like branches left out. Tied names are all there.
         aliases: Name → first name in file order, for tied tensors (same storage, offset, shape and stride).
-        metadata: Small facts from the container (safetensors ``__metadata__``, LoRA alpha, ``config.json``…).
-        program: The program if there is one: a ``ModelProto`` for ONNX, an ``InertModule`` tree for a pickled
-            module; None otherwise.
+        metadata: Small facts from the container, each only where there is one: ``safetensors`` (its
+            ``__metadata__``), ``config`` and ``adapter_config`` (Hugging Face JSON beside the weights), ``index``
+            (metadata of a shard index), ``scalars`` (plain values beside the state dict: epoch, alpha…),
+            ``branch`` (dotted path of the state dict taken), ``candidates`` (paths ``key`` could choose),
+            ``quantization`` (tensor → scheme, scale, zero_point, axis), ``gzip`` (True), ``onnx`` (ir_version,
+            producer, opsets, metadata_props).
+        program: The program if there is one: a ``ModelProto`` for ONNX (in-file weights included, external ones
+            not), an ``InertModule`` tree for a pickled module; None otherwise.
         notes: What was left out or unwrapped, in words (``ignored optimizer``, ``took 'state_dict'``…).
         reader: Reads one tensor's bytes; use ``read``.
+        unread: Name → why its values cannot be read (sparse, on the meta device, strings…); not in ``tensors``.
     """
 
     path: Path
@@ -71,6 +97,7 @@ class Checkpoint:
     program: Any = None
     notes: tuple[str, ...] = ()
     reader: Callable[[TensorRef], torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor ``name`` on the CPU in its stored type; only its own bytes are read.
@@ -90,8 +117,10 @@ class InertModule:
 
     Attributes:
         cls: Dotted name of the class as pickled, e.g. ``torch.nn.modules.conv.Conv2d``.
-        attributes: Plain attributes (numbers, strings, tuples, None) such as ``stride`` or ``eps``.
-        parameters: Local name → checkpoint key, parameters and buffers.
+        attributes: Plain attributes (numbers, strings, tuples, dicts, None) such as ``stride`` or ``eps``; objects
+            of other classes, hooks included, as ``InertObject``.
+        parameters: Local name → checkpoint key, parameters and buffers. The key is in ``Checkpoint.tensors``,
+            or in ``Checkpoint.unread`` if its values cannot be read.
         children: Local name → submodule, in registration order.
     """
 
@@ -99,3 +128,16 @@ class InertModule:
     attributes: Mapping[str, Any]
     parameters: Mapping[str, str]
     children: Mapping[str, InertModule]
+
+
+@dataclass(frozen=True)
+class InertObject:
+    """Any other pickled object, function or class inside a module; nothing was imported or called.
+
+    Attributes:
+        cls: Dotted name as pickled, e.g. ``torch.nn.utils.weight_norm.WeightNorm``.
+        attributes: Its plain state, e.g. ``{"name": "weight", "dim": 0}``; empty for a function or class.
+    """
+
+    cls: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)

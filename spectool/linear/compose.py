@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -117,7 +118,7 @@ class Composed:
         flat: list[LinearMap] = []
         for part in maps:
             flat.extend(part.maps if isinstance(part, Composed) else (part,))
-        for left, right in zip(flat, flat[1:], strict=False):
+        for left, right in pairwise(flat):
             if left.in_shape != right.out_shape:
                 raise OperatorError(
                     f"maps do not chain: one gives {right.out_shape}, the next takes {left.in_shape}"

@@ -19,7 +19,8 @@ class ConvGeometry:
         dilation: Step between kernel taps.
         groups: Number of channel groups.
         padding_mode: What is read outside the input; anything but zeros only when not transposed.
-        transposed: Whether this is the adjoint of a convolution; its weight is then stored (in, out/groups, *k).
+        transposed: Whether this is the adjoint of a convolution; its weight is then stored
+            (in, out/groups, *k).
         output_padding: Extra size at the trailing end of a transposed convolution's output.
     """
 

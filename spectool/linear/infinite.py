@@ -14,7 +14,8 @@ class InfiniteConv:
     """A convolution on the infinite grid; it has a symbol and a supremum, but cannot be applied.
 
     Attributes:
-        weight: Kernel in torch's layout, stored type: ``(out, in/groups, *k)``, transposed ``(in, out/groups, *k)``.
+        weight: Kernel in torch's layout, stored type: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)``
+            if transposed.
         geometry: How it slides; padding, padding mode and output padding mean nothing here.
     """
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectool.errors import OperatorError
-from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Node, Region
+from spectool.graph.types import BatchNorm, Conv, Embedding, Linear, Node, Region
 from spectool.linear import (
     Composed,
     ConvMap,
@@ -21,7 +21,7 @@ from spectool.linear import (
     MatrixMap,
 )
 from spectool.lower.replay import Load, constant_names, remake_region, run
-from spectool.lower.separable import SEPARABLE, separable_map
+from spectool.lower.separable import may_separate, separable_map
 from spectool.lower.structure import is_neutral, is_structural, zero_padding
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ def _shape_after(nodes: Sequence[Node], region: Region, load: Load) -> tuple[int
     """Return the shape, without the batch axis, that leading rearrangements give the region's input."""
     if region.in_shape is None or not nodes:
         return region.in_shape
-    values = {region.root: torch.zeros(1, *region.in_shape) if region.batched else torch.zeros(region.in_shape)}
+    values = {
+        region.root: torch.zeros(1, *region.in_shape) if region.batched else torch.zeros(region.in_shape)
+    }
     constants = {name: load(name) for name in constant_names(replace(region, nodes=tuple(nodes)))}
     run(nodes, values, constants)
     shape = tuple(values[nodes[-1].outputs[0]].shape)
@@ -151,7 +153,7 @@ def _pieces(
             if len(shape) < node.op.axis:
                 return None
             piece = DiagonalMap(_scale(node, load), shape, axis=node.op.axis - 1, dtype=dtype, device=device)
-        elif isinstance(node.op, Call) and node.op.name in SEPARABLE and batched:
+        elif batched and may_separate(node):
             piece = separable_map(node, shape, load, dtype=dtype, device=device)
         if piece is None:
             return None
@@ -272,6 +274,3 @@ def _scale_outputs(weight: Tensor, conv: Conv, scale: Tensor) -> Tensor:
     inputs_per_group = weight.shape[0] // g.groups
     table = scale.reshape(g.groups, 1, per_group).expand(g.groups, inputs_per_group, per_group)
     return weight * table.reshape(weight.shape[0], per_group, *(1,) * g.dims)
-
-
-

@@ -37,12 +37,12 @@ def execute(op: object, arguments: Arguments) -> Tensor | tuple[Tensor, ...]:
     raise OperatorError(f"no way to replay {type(op).__name__}")
 
 
-@execute.register
+@execute.register(Opaque)
 def _(op: Opaque, arguments: Arguments) -> Tensor:
     raise OperatorError(f"{op.name} is not affine and cannot be replayed")
 
 
-@execute.register
+@execute.register(Conv)
 def _(op: Conv, arguments: Arguments) -> Tensor:
     x, weight, *rest = arguments
     if x is None or weight is None:
@@ -62,7 +62,7 @@ def _(op: Conv, arguments: Arguments) -> Tensor:
     return _CONV[g.dims](x, weight, bias, g.stride, 0, g.dilation, g.groups)
 
 
-@execute.register
+@execute.register(Linear)
 def _(op: Linear, arguments: Arguments) -> Tensor:
     x, weight, *rest = arguments
     if x is None or weight is None:
@@ -78,7 +78,7 @@ def _(op: Linear, arguments: Arguments) -> Tensor:
     return y if bias is None else y + bias
 
 
-@execute.register
+@execute.register(BatchNorm)
 def _(op: BatchNorm, arguments: Arguments) -> Tensor:
     x, gamma, beta, mean, var = (*arguments, None, None, None, None)[:5]
     if x is None or mean is None or var is None:
@@ -92,12 +92,12 @@ def _(op: BatchNorm, arguments: Arguments) -> Tensor:
     return y if beta is None else y + beta.reshape(shape)
 
 
-@execute.register
+@execute.register(Embedding)
 def _(op: Embedding, arguments: Arguments) -> Tensor:
     raise OperatorError("an embedding reads integers; its matrix is analysed instead")
 
 
-@execute.register
+@execute.register(Call)
 def _(op: Call, arguments: Arguments) -> Tensor | tuple[Tensor, ...]:
     domain = op.name.partition(".")[0]
     if domain == "onnx":
@@ -108,6 +108,15 @@ def _(op: Call, arguments: Arguments) -> Tensor | tuple[Tensor, ...]:
             raise OperatorError(f"no way to replay {op.name}")
         result: Tensor | tuple[Tensor, ...] = function(list(arguments), dict(op.attributes), op.opset)
         return result
+    if domain == "aten":
+        from spectool.graph.aten import call
+
+        working = next((x.dtype for x in arguments if x is not None and x.is_floating_point()), None)
+        try:
+            made: Tensor | tuple[Tensor, ...] = call(op, arguments, dtype=working)
+        except (RuntimeError, NotImplementedError) as error:
+            raise OperatorError(f"{op.name} cannot be replayed ({str(error).splitlines()[0]})") from error
+        return made
     raise OperatorError(f"no way to replay {op.name}")
 
 

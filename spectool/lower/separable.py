@@ -10,14 +10,18 @@ from spectool.errors import OperatorError
 from spectool.graph.types import Node
 from spectool.linear import LinearMap, SeparableMap
 from spectool.lower.replay import Load, execute
+from spectool.lower.structure import role
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEPARABLE = frozenset(
-    {"onnx.AveragePool", "onnx.GlobalAveragePool", "onnx.Resize", "onnx.Upsample", "onnx.Pad"}
-)
-"""Operations that may act on each channel alike and as a product over the spatial axes."""
+_ROLES = frozenset({"avgpool", "upsample", "pad"})
+
+
+def may_separate(node: Node) -> bool:
+    """Return whether an operation may act on each channel alike and as a product over the spatial axes."""
+    return role(node) in _ROLES
+
 
 _LARGEST_AXIS = 4096
 

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import torch
 
+from spectool.graph.aten_rules import ATEN_RULES, packet
+from spectool.graph.rules import ONNX_RULES
 from spectool.graph.types import Call, Node, Region
 from spectool.lower.replay import Load
 
-# Bijections of positions: orthogonal, whatever their attributes.
-_ISOMETRIES = frozenset(
-    f"onnx.{name}"
-    for name in (
-        "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Cast",
-        "DepthToSpace", "SpaceToDepth",
-    )
-)  # fmt: skip
-_NEUTRAL = frozenset({"onnx.Identity", "onnx.Dropout", "onnx.Cast"})
-_SHIFTS = frozenset({"onnx.Add", "onnx.Sub"})
+_SHIFTS = frozenset({"onnx.Add", "onnx.Sub", "aten.add", "aten.sub", "aten.rsub"})
+
+
+def role(node: Node) -> str:
+    """Return the role that the tables of rules give a replayed operation; ``mix`` for one without a rule."""
+    op = node.op
+    if not isinstance(op, Call):
+        return "mix"
+    rule = ONNX_RULES.get(op.name) or ATEN_RULES.get(packet(op.name))
+    return rule.role if rule is not None else "mix"
 
 
 def is_structural(node: Node, region: Region) -> bool:
     """Return whether a node is a rearrangement or a bias, so that dropping it changes no singular value."""
     if not isinstance(node.op, Call):
         return False
-    if node.op.name in _ISOMETRIES:
-        return True
-    return is_bias(node, region)
+    return role(node) in ("neutral", "move") or is_bias(node, region)
 
 
 def is_neutral(node: Node, region: Region) -> bool:
     """Return whether a node leaves the order of positions alone, so that it may stand between two operators."""
     if not isinstance(node.op, Call):
         return False
-    return node.op.name in _NEUTRAL or is_bias(node, region)
+    return role(node) == "neutral" or is_bias(node, region)
 
 
 def is_bias(node: Node, region: Region) -> bool:
     """Return whether a node adds a constant (or subtracts from one: a sign changes no singular value)."""
-    if not isinstance(node.op, Call) or node.op.name not in _SHIFTS or len(node.inputs) != 2:
+    if not isinstance(node.op, Call) or packet(node.op.name) not in _SHIFTS or len(node.inputs) > 2:
+        return False
+    if float(node.op.attributes.get("kwargs", {}).get("alpha", 1)) != 1.0:
         return False
     flowing = {region.root, *(name for other in region.nodes for name in other.outputs)}
     return sum(name in flowing for name in node.inputs) == 1

@@ -109,9 +109,16 @@ class Report:
     @property
     def coverage(self) -> tuple[int, int, int]:
         """(analysed, total, skipped) operators with a weight matrix or kernel, each counted once."""
-        layers = [row for row in self.rows if row.level == "layer"]
-        analysed = sum(row.operators for row in layers if row.status in ("ok", "failed"))
-        skipped = sum(row.operators for row in layers if row.status == "skipped")
+        analysed = skipped = 0
+        seen: set[str] = set()
+        for row in sorted(self.rows, key=lambda row: row.level == "composed"):
+            # A composed row counts only where its layers have no rows of their own (`--level composed`), and
+            # regions that overlap share operators.
+            keys = {row.layer} if row.level == "layer" else set(row.layer.split(" + "))
+            count = row.operators if row.level == "layer" else min(row.operators, len(keys - seen))
+            seen |= keys
+            analysed += count if row.status in ("ok", "failed") else 0
+            skipped += count if row.status == "skipped" else 0
         return analysed, analysed + skipped, skipped
 
     def to_dict(self) -> dict[str, Any]:

@@ -89,3 +89,52 @@ def hochstenbach(alpha: list[float], beta: list[float], level: float) -> float:
         else:
             low = middle
     return high
+
+
+def enclose(estimate: Estimate) -> tuple[list[float], list[float]]:
+    """Return (lower, upper): ``lower[i] ≤ σ_{i+1} ≤ upper[i]``, the upper ends with probability ≥ 1 − 1e-9.
+
+    Lower: Ritz values of a float64 Rayleigh–Ritz step lie below the singular values (interlacing), but for the
+    rounding that ``estimate.rounding`` bounds.
+
+    Upper: in orthonormal bases that begin with the p left vectors U and the p right vectors V, A is
+    [[S, E], [0, D]] with S = diag(ritz), ‖[E; D]‖ ≤ τ and E = UᵀA(I−VVᵀ) the remainder R. For x > τ² the
+    matrix AAᵀ − x has as many positive eigenvalues as its Schur complement, which is at most
+    S² + EEᵀ·x/(x−τ²) − x. So σ_i² ≤ x as soon as the i-th largest eigenvalue of S² + RRᵀ·x/(x−τ²) is ≤ x.
+    The smallest such x is found by bisection. It is never above (max(σ̂_i, τ) + ‖R‖)² and, where τ < σ̂_i, exceeds
+    σ̂_i² only by about ‖R‖²σ̂_i²/(σ̂_i²−τ²): second order. Without τ the upper ends are infinite.
+
+    Costs no matvecs.
+    """
+    lower = [max(0.0, float(value) - estimate.rounding) for value in estimate.values]
+    if estimate.tau is None:
+        return lower, [math.inf] * len(lower)
+    upper: list[float] = []
+    for index in range(len(lower)):
+        bound = _quadratic(estimate.ritz, estimate.coupling, estimate.tau, index)
+        upper.append(max(lower[index], bound) + estimate.rounding)
+    return lower, upper
+
+
+def _quadratic(ritz: torch.Tensor, coupling: torch.Tensor, tau: float, index: int) -> float:
+    """Smallest (to 1e-13) sqrt(x) such that eigenvalue ``index`` of S² + RRᵀ·x/(x−τ²) is ≤ x, x > τ²."""
+    scale = max(float(ritz[0]), tau)
+    if scale == 0.0:
+        return 0.0
+    s2, g, t = torch.diag((ritz / scale) ** 2), coupling / scale**2, (tau / scale) ** 2
+
+    def holds(x: float) -> bool:
+        matrix = s2 + g * (x / (x - t))
+        return float(torch.linalg.eigvalsh(matrix)[-1 - index]) <= x
+
+    low = max(float(s2[index, index]), t)
+    spread = math.sqrt(max(0.0, float(torch.linalg.matrix_norm(g, 2))))
+    high = (math.sqrt(low) + spread) ** 2 * (1.0 + 1e-15) + 1e-300
+    while not holds(high):
+        high = low + 2.0 * (high - low) + 1e-16
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        if high - low <= 1e-14 * high or middle in (low, high):
+            break
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return scale * math.sqrt(high)

@@ -1,20 +1,67 @@
-"""Start vectors that depend on the weights, the geometry and the seed, and on nothing else."""
+"""Start vectors that depend on the weights, the geometry and the seed, and on nothing else.
+
+A name does not change a result, a device does not (generation is on the CPU in float64), and nobody can prepare
+a file against the start vector without knowing the seed.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
 
+_BLOCK = 1 << 22
+"""Elements hashed at a time: bounds the copy that leaves a device or a half type."""
+
+_DATA = ("weight", "geometry", "scale", "factor", "factors", "maps", "inner", "channels", "axis", "shape")
+"""Attributes that define a map, by the names the maps of ``spectool.linear`` give them."""
+
 
 def fingerprint(A: LinearMap) -> bytes:
-    """Return a digest of the operator."""
-    raise NotImplementedError
+    """Return a SHA-256 digest of the operator: its class, shapes, geometry and the bytes of its weights.
+
+    Weights are hashed as stored, blockwise; the arithmetic type and the device do not enter. A map that does not
+    show its weights (a function) is hashed by its shapes alone: applying it to a fixed vector would tell more,
+    but not the same on every device.
+    """
+    digest = hashlib.sha256()
+    _absorb(digest, A)
+    return digest.digest()
 
 
 def generator(digest: bytes, seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator."""
-    raise NotImplementedError
+    """Return a CPU generator seeded by ``digest``, ``seed`` and ``purpose``; another purpose, other numbers."""
+    text = f"{seed}:{purpose}".encode()
+    number = int.from_bytes(hashlib.sha256(digest + text).digest()[:8], "big") >> 1
+    return torch.Generator(device="cpu").manual_seed(number)
+
+
+def gaussian(rows: int, size: int, source: torch.Generator) -> torch.Tensor:
+    """Return ``(rows, size)`` independent standard normal numbers, float64 on the CPU."""
+    return torch.randn(rows, size, dtype=torch.float64, generator=source)
+
+
+def _absorb(digest: hashlib._Hash, item: Any) -> None:
+    """Feed one value to the digest; tensors by their bytes, maps by their defining attributes."""
+    if isinstance(item, torch.Tensor):
+        digest.update(f"tensor{item.dtype}{tuple(item.shape)}".encode())
+        flat = item.detach().reshape(-1)
+        for begin in range(0, flat.numel(), _BLOCK):
+            block = flat[begin : begin + _BLOCK].to("cpu").contiguous()
+            digest.update(block.view(torch.uint8).numpy().tobytes())
+    elif hasattr(item, "matvec"):
+        digest.update(f"map{type(item).__name__}{tuple(item.in_shape)}{tuple(item.out_shape)}".encode())
+        for name in _DATA:
+            if hasattr(item, name):
+                digest.update(name.encode())
+                _absorb(digest, getattr(item, name))
+    elif isinstance(item, (tuple, list)):
+        digest.update(f"sequence{len(item)}".encode())
+        for part in item:
+            _absorb(digest, part)
+    else:
+        digest.update(repr(item).encode())

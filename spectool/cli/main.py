@@ -1,0 +1,118 @@
+"""Run a command line and turn whatever happens into one message and one exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from spectool.cli.app import app
+from spectool.cli.config import Commands, Settable, load_defaults
+from spectool.cli.messages import say
+from spectool.errors import SpectoolError
+
+INTERNAL = 3
+INTERRUPTED = 130
+# Click's own errors, wherever it lives: newer versions of typer bundle it.
+_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run spectool and return its exit code.
+
+    Args:
+        arguments: What follows the program's name; None for the process's own.
+    """
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show σ shows a question mark instead of ending the program.
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        return _run(args)
+    except SpectoolError as error:
+        return _report(error, error.exit_code, str(error), error.hint, args)
+    except _CLICK_ERROR as error:
+        return _report(error, 2, *_explain(error), args)
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; nothing was written")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
+        return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
+
+
+def _run(args: list[str]) -> int:
+    command: Any = typer.main.get_command(app)
+    if "_SPECTOOL_COMPLETE" in os.environ:
+        command(prog_name="spectool")
+    if not args:
+        args = ["--help"]
+    defaults: dict[str, dict[str, Any]] = {}
+    if not {"-h", "--help", "--version"} & set(args):
+        defaults, _ = load_defaults(Path.cwd(), settable(command))
+    try:
+        with command.make_context("spectool", args, default_map=defaults) as context:
+            code = command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as leave:
+        sys.stdout.flush()
+        return leave.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def settable(command: Any) -> Commands:
+    """Return what a configuration file may set: command → long option without dashes → parameter."""
+    return {
+        name: {
+            max(param.opts, key=len).lstrip("-"): Settable(param.name, bool(param.multiple))
+            for param in entry.params
+            if param.param_type_name == "option"
+        }
+        for name, entry in _commands(command).items()
+    }
+
+
+def _commands(command: Any) -> Mapping[str, Any]:
+    commands: Mapping[str, Any] = command.commands
+    return commands
+
+
+def _report(error: BaseException, code: int, what: str, hint: str, args: list[str]) -> int:
+    if "--debug" in args or os.environ.get("SPECTOOL_DEBUG", "").lower() in ("1", "true", "yes", "on"):
+        traceback.print_exception(error)
+    say(what, label="error")
+    if hint:
+        say(hint, label="hint")
+    return code
+
+
+def _explain(error: Any) -> tuple[str, str]:
+    """Return what and what to do, from one of click's errors."""
+    what = error.format_message().rstrip(".")
+    what = what[:1].lower() + what[1:]
+    near = getattr(error, "possibilities", None)
+    if near:
+        return what.partition(" (Possible")[0].partition(" Did you mean")[
+            0
+        ], f"did you mean {sorted(near)[0]}?"
+    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    source = context.get_parameter_source(param.name) if context is not None and param is not None else None
+    name = getattr(source, "name", "")
+    if name == "ENVIRONMENT":
+        return what, f"it comes from the environment: {param.envvar}={os.environ.get(param.envvar, '')}"
+    if name == "DEFAULT_MAP":
+        _, path = load_defaults(Path.cwd(), settable(context.find_root().command))
+        return what, f"it comes from {path}"
+    path = context.command_path if context is not None else "spectool"
+    return what, f"`{path} --help` shows how"

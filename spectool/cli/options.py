@@ -1,0 +1,183 @@
+"""Options that commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+COMPUTE = "What to compute"
+SELECT = "Which operators"
+OUTPUT = "Output"
+MESSAGES = "Messages"
+
+
+class MethodName(StrEnum):
+    """Solvers."""
+
+    auto = "auto"
+    exact = "exact"
+    lanczos = "lanczos"
+    power = "power"
+    powerqr = "powerqr"
+
+
+class LevelName(StrEnum):
+    """Which rows."""
+
+    layer = "layer"
+    composed = "composed"
+    both = "both"
+
+
+class DtypeName(StrEnum):
+    """Arithmetic types."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class FormatName(StrEnum):
+    """Output formats."""
+
+    table = "table"
+    csv = "csv"
+    tsv = "tsv"
+    json = "json"
+    jsonl = "jsonl"
+    md = "md"
+    xlsx = "xlsx"
+
+
+def option(panel: str, *flags: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    """Return an option that can also be set by SPECTOOL_<LONG NAME>."""
+    longest = max(flags, key=len).lstrip("-").replace("-", "_").upper()
+    return typer.Option(
+        *flags, help=help, metavar=metavar, rich_help_panel=panel, envvar=f"SPECTOOL_{longest}", **more
+    )
+
+
+TopK = Annotated[
+    int,
+    option(COMPUTE, "-k", "--top-k", metavar="N", help="Singular values per operator.", show_default=True),
+]
+Inputs = Annotated[
+    list[str] | None,
+    option(
+        COMPUTE,
+        "--input",
+        metavar="SHAPE",
+        help="Shape of the model's input with its batch axis, 1x3x224x224; repeatable as NAME=SHAPE.",
+    ),
+]
+Method = Annotated[
+    MethodName,
+    option(
+        COMPUTE, "--method", metavar="NAME", help="auto, exact, lanczos, power or powerqr.", show_default=True
+    ),
+]
+Tol = Annotated[
+    float, option(COMPUTE, "--tol", metavar="X", help="Relative residual to reach.", show_default=True)
+]
+MaxMatvecs = Annotated[
+    int | None,
+    option(
+        COMPUTE, "--max-matvecs", metavar="N", help="Most operator applications per row, A and its adjoint."
+    ),
+]
+Certify = Annotated[
+    bool, option(COMPUTE, "--certify", help="Add a deterministic upper bound wherever there is one.")
+]
+Seed = Annotated[
+    int, option(COMPUTE, "--seed", metavar="N", help="Seed of the start vectors.", show_default=True)
+]
+Device = Annotated[
+    str,
+    option(COMPUTE, "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", show_default=True),
+]
+Dtype = Annotated[
+    DtypeName | None,
+    option(COMPUTE, "--dtype", metavar="NAME", help="Arithmetic type, float32 (default) or float64."),
+]
+Hash = Annotated[bool, option(COMPUTE, "--hash", help="Put the file's SHA-256 into the result.")]
+
+Level = Annotated[
+    LevelName,
+    option(
+        SELECT,
+        "--level",
+        metavar="NAME",
+        help="layer: stored operators. composed: maximal affine regions. both.",
+        show_default=True,
+    ),
+]
+Layers = Annotated[
+    list[str] | None,
+    option(SELECT, "--layers", metavar="GLOB", help="Keep rows whose key or weight matches; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    option(SELECT, "--exclude", metavar="GLOB", help="Drop rows whose key matches; repeatable."),
+]
+Kinds = Annotated[
+    list[str] | None,
+    option(SELECT, "--kind", metavar="KIND", help="Keep these kinds, e.g. conv2d,linear; repeatable."),
+]
+Shard = Annotated[
+    str | None,
+    option(SELECT, "--shard", metavar="I/N", help="Analyse every N-th row from the I-th (job arrays)."),
+]
+Key = Annotated[
+    str | None,
+    option(
+        SELECT,
+        "--key",
+        metavar="NAME",
+        help="Branch of a training checkpoint to take, e.g. ema or state_dict.",
+    ),
+]
+AssumeBn = Annotated[
+    bool,
+    option(
+        SELECT, "--assume-bn", help="Guess convolution and batch norm pairs where the file has no program."
+    ),
+]
+
+Format = Annotated[
+    FormatName | None,
+    option(
+        OUTPUT,
+        "--format",
+        metavar="NAME",
+        help="table, csv, tsv, json, jsonl, md or xlsx; default by suffix, else a table (tsv in a pipe).",
+        case_sensitive=False,
+    ),
+]
+Output = Annotated[
+    str | None, option(OUTPUT, "-o", "--output", metavar="FILE", help="Write to FILE; - is stdout.")
+]
+Columns = Annotated[
+    str | None, option(OUTPUT, "--columns", metavar="A,B", help="Only these columns, in this order.")
+]
+Sort = Annotated[
+    str | None,
+    option(OUTPUT, "--sort", metavar="[-]COLUMN", help="Sort by a column, downward with a leading -."),
+]
+Tidy = Annotated[
+    bool, option(OUTPUT, "--tidy", help="One row per singular value instead of one per operator.")
+]
+NoGuard = Annotated[
+    bool,
+    option(
+        OUTPUT,
+        "--no-guard",
+        help="Leave CSV cells alone that a spreadsheet would take for formulas or dates.",
+    ),
+]
+
+Quiet = Annotated[bool, option(MESSAGES, "-q", "--quiet", help="No progress, notes or hints.")]
+Verbose = Annotated[bool, option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen.")]
+NoProgress = Annotated[bool, option(MESSAGES, "--no-progress", help="No progress.")]
+Strict = Annotated[bool, option(MESSAGES, "--strict", help="Exit with 5 if a linear operator was skipped.")]
+Debug = Annotated[bool, option(MESSAGES, "--debug", help="Show tracebacks.")]

@@ -1,0 +1,144 @@
+"""Where a result goes: a terminal, a pipe or a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectool.cli.messages import say
+from spectool.errors import UsageError
+from spectool.report.layout import Layout, WriteOptions
+from spectool.report.writers import FORMATS, check_target, format_of, render, replace_file
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+TABLE = "table"
+Drawing = Callable[[int | None], "tuple[RenderableType, list[str]]"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a result goes, and as what.
+
+    Attributes:
+        format: ``table`` or a key of ``FORMATS``.
+        path: File; None for stdout.
+        quiet: Whether messages that are no errors are left out.
+    """
+
+    format: str
+    path: Path | None
+    quiet: bool = False
+
+
+def choose_target(output: str | None, format: str | None, source: Path, *, quiet: bool = False) -> Target:
+    """Decide format and place, and refuse what cannot work before anything is computed.
+
+    Args:
+        output: What ``-o`` says: a file, ``-`` for stdout, None for stdout.
+        format: What ``--format`` says; None to guess: by suffix, a table on a terminal, TSV in a pipe.
+        source: The file that is read, which is never written.
+        quiet: Whether messages are left out.
+
+    Raises:
+        UsageError: If the format is unknown or cannot go there.
+        OutputError: If the file cannot be written.
+    """
+    path = None if output in (None, "-") else Path(str(output))
+    if format is not None and format not in (TABLE, *FORMATS):
+        raise UsageError(
+            f"there is no format called {format!r}", hint=f"formats: {', '.join((TABLE, *FORMATS))}"
+        )
+    if path is None:
+        chosen = format or (TABLE if sys.stdout.isatty() else "tsv")
+        if chosen == "xlsx" and sys.stdout.isatty():
+            raise UsageError("a workbook is no text for a terminal", hint="name a file: -o result.xlsx")
+        return Target(chosen, None, quiet)
+    chosen = format or format_of(path)
+    check_target(path)
+    if path.exists() and source.exists() and path.samefile(source):
+        raise UsageError(
+            f"{path} is the file to read; it is not overwritten", hint="name another file after -o"
+        )
+    return Target(chosen, path, quiet)
+
+
+def deliver(layout: Layout, target: Target, options: WriteOptions, draw: Drawing) -> None:
+    """Write a result where it was asked for.
+
+    Args:
+        layout: Its tables and JSON.
+        target: From ``choose_target``.
+        options: Guarding.
+        draw: Draws the terminal table for a width (None: any), and says which columns did not fit.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    if target.format == TABLE:
+        data = _drawn(draw, target)
+    else:
+        rendered = render(layout, target.format, options)
+        data = rendered.data
+        if rendered.guarded and not target.quiet:
+            cells = "1 text cell" if rendered.guarded == 1 else f"{rendered.guarded} text cells"
+            say(f"{cells} guarded by a leading ' against spreadsheets (--no-guard leaves them alone)")
+    if target.path is not None:
+        replace_file(target.path, data)
+        if not target.quiet:
+            say(f"wrote {target.path}")
+    elif data:
+        emit(data)
+
+
+def emit(data: bytes) -> None:
+    """Write data to stdout; a reader that has gone away (`| head`) is no error."""
+    try:
+        if sys.stdout.isatty():
+            # A bare CR would move the cursor over what stands there.
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\\r")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends; let it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def terminal_width() -> int:
+    """Return the cells of a line of the terminal (COLUMNS, else what it says of itself)."""
+    return max(shutil.get_terminal_size((100, 24)).columns, 20)
+
+
+def _drawn(draw: Drawing, target: Target) -> bytes:
+    """Draw on a terminal at its width, elsewhere at full width and without colour."""
+    from rich.console import Console
+
+    live = target.path is None and sys.stdout.isatty()
+    width = terminal_width() if live else None
+    drawing, hidden = draw(width)
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=width or 100_000,
+        force_terminal=live,
+        no_color=None if live else True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+    console.print(drawing, crop=False)
+    if hidden and not target.quiet:
+        say(f"{', '.join(hidden)} did not fit in {width} columns: widen the terminal or write a file with -o")
+    # Rich pads every line to the width of the table.
+    return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().rstrip("\n").split("\n")).encode(
+        "utf-8", "replace"
+    )

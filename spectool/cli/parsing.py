@@ -1,0 +1,112 @@
+"""Turn option texts into values; what does not parse says how it should look."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectool.errors import CheckpointError, UsageError
+
+_SHAPE = re.compile(r"\d+(?:[x×,]\d+)*", re.IGNORECASE)
+Shape = tuple[int, ...]
+
+
+def parse_inputs(texts: Sequence[str]) -> Shape | dict[str, Shape] | None:
+    """Return the shapes of ``--input``: None, one shape, or a shape per input name.
+
+    Args:
+        texts: ``1x3x224x224`` (once) or ``name=1x3x224x224`` (any number).
+
+    Raises:
+        UsageError: If one is no shape, or unnamed and named shapes are mixed.
+    """
+    if not texts:
+        return None
+    named: dict[str, Shape] = {}
+    for text in texts:
+        name, _, shape = text.rpartition("=")
+        if name in named:
+            twice = f"--input names {name!r} twice" if name else "--input gives more than one unnamed shape"
+            raise UsageError(twice, hint="several inputs are named: --input a=1x3x32x32 --input b=1x10")
+        named[name] = _parse_shape(shape, text)
+    if "" not in named:
+        return named
+    if len(named) > 1:
+        raise UsageError(
+            "--input mixes a named and an unnamed shape",
+            hint="name all of them: --input a=1x3x32x32 --input b=1x10",
+        )
+    return named[""]
+
+
+def _parse_shape(shape: str, text: str) -> Shape:
+    if not _SHAPE.fullmatch(shape.strip()):
+        raise UsageError(
+            f"--input {text!r} is no shape",
+            hint="write 1x3x224x224 (with the batch axis) or name=1x3x224x224",
+        )
+    sizes = tuple(int(size) for size in re.split(r"[x×,]", shape.strip().lower()))
+    if 0 in sizes:
+        raise UsageError(
+            f"--input {text!r} has an axis of size 0", hint="every axis holds at least one entry"
+        )
+    return sizes
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Return (i, n) for ``i/n``.
+
+    Raises:
+        UsageError: If it is no such thing.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"--shard {text!r} makes no sense", hint="write i/n with 1 <= i <= n, e.g. 2/8")
+    return int(found[1]), int(found[2])
+
+
+def split_list(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the words of repeated options that also take commas."""
+    return tuple(word.strip() for text in texts for word in text.split(",") if word.strip())
+
+
+def check_numbers(k: int, tol: float, max_matvecs: int | None) -> None:
+    """Refuse counts and tolerances that make no sense.
+
+    Raises:
+        UsageError: If one does not.
+    """
+    if k < 1:
+        raise UsageError(f"--top-k {k} asks for no singular value", hint="use -k 1 or more")
+    if not (math.isfinite(tol) and 0 < tol < 1):
+        raise UsageError(
+            f"--tol {tol} is no relative tolerance", hint="use a number between 0 and 1, e.g. 1e-5"
+        )
+    if max_matvecs is not None and max_matvecs < 1:
+        raise UsageError(f"--max-matvecs {max_matvecs} allows no work", hint="use 1 or more, or leave it out")
+
+
+def check_source(path: Path) -> None:
+    """Refuse a path where nothing is.
+
+    Raises:
+        CheckpointError: If nothing is there; the hint names what is called nearly so.
+    """
+    if path.exists():
+        return
+    folder = path.parent
+    near = difflib.get_close_matches(path.name, _names(folder), n=1)
+    hint = f"did you mean {folder / near[0]}?" if near else "check the path"
+    raise CheckpointError(f"there is no file {path}", hint=hint)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []

@@ -1,0 +1,224 @@
+"""From recorded ATen calls to operator records, with everything constant folded away by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from spectool.graph.aten import Slot, call, overload
+from spectool.graph.aten_rules import ATEN_RULES, RANDOM, packet
+from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Graph, Linear, Node, Opaque, Shape
+from spectool.linear.geometry import ConvGeometry
+
+_CONVOLUTIONS = frozenset({"aten.convolution", "aten._convolution", "aten.convolution_overrideable"})
+_BATCH_NORMS = frozenset(
+    {
+        "aten.native_batch_norm",
+        "aten.batch_norm",
+        "aten.cudnn_batch_norm",
+        "aten.miopen_batch_norm",
+        "aten._native_batch_norm_legit",
+        "aten._native_batch_norm_legit_no_training",
+        "aten._batch_norm_no_update",
+    }
+)
+_NORMS = {
+    "aten.native_layer_norm": "layernorm",
+    "aten.layer_norm": "layernorm",
+    "aten.native_group_norm": "groupnorm",
+    "aten.group_norm": "groupnorm",
+    "aten.instance_norm": "instancenorm",
+    "aten._fused_rms_norm": "rmsnorm",
+    "aten.rms_norm": "rmsnorm",
+}
+
+
+@dataclass
+class Constants:
+    """Constants that a program makes of its parameters, evaluated when asked for.
+
+    Attributes:
+        nodes: Name → (node that makes it, which of its outputs).
+        shapes: Value name → shape, for stand-ins of tensors whose data is not read.
+        leaves: Tensors that the program captured.
+    """
+
+    nodes: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    leaves: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def load(self, name: str, stored: Any) -> torch.Tensor:
+        """Return constant ``name``; ``stored(name)`` reads a parameter or buffer."""
+        if name in self.nodes:
+            node, position = self.nodes[name]
+            if not isinstance(node.op, Call):
+                raise TypeError(f"{node.name} is no recorded call")
+            arguments = [
+                self.load(source, stored) if self._known(source) else torch.zeros(self.shapes[source])
+                for source in node.inputs
+            ]
+            with torch.no_grad():
+                result = call(node.op, arguments)
+            tensor: torch.Tensor = result[position] if isinstance(result, tuple) else result
+            return tensor
+        if name in self.leaves:
+            return self.leaves[name]
+        found: torch.Tensor = stored(name)
+        return found
+
+    def _known(self, name: str) -> bool:
+        return name in self.nodes or name in self.leaves or not name.startswith(("%", "input."))
+
+
+def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph, Constants]:
+    """Return the graph with operator records and folded constants.
+
+    Args:
+        graph: As recorded by the tape.
+        captured: Tensors that the program captured or made for itself.
+    """
+    known: dict[str, Shape] = dict(graph.constants)
+    origins = dict(graph.origins)
+    constants = Constants(
+        shapes={name: tuple(int(n or 0) for n in value.shape or ()) for name, value in graph.values.items()},
+        leaves=captured,
+    )
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if _is_constant(node, known):
+            sources = tuple(dict.fromkeys(o for name in node.inputs for o in origins.get(name, ())))
+            for position, output in enumerate(node.outputs):
+                if output:
+                    known[output] = constants.shapes[output]
+                    origins[output] = sources
+                    constants.nodes[output] = (node, position)
+            continue
+        nodes.append(_record(node, known))
+    return replace(graph, nodes=tuple(nodes), constants=known, origins=origins), constants
+
+
+def _is_constant(node: Node, known: Mapping[str, Shape]) -> bool:
+    if not isinstance(node.op, Call):
+        return False
+    name = node.op.name
+    if name.partition(".")[2].startswith(RANDOM):
+        return False
+    rule = ATEN_RULES.get(packet(name))
+    if rule is not None and rule.how == "shape":
+        # Reads a shape, and at most constants besides it.
+        return all(source in known for source in node.inputs[1:])
+    return all(source in known for source in node.inputs)
+
+
+def _record(node: Node, known: Mapping[str, Shape]) -> Node:
+    """Return the node with the record of what it does."""
+    op = node.op
+    if not isinstance(op, Call):
+        return node
+    family = packet(op.name)
+    if family in _CONVOLUTIONS:
+        return _convolution(node, op, known)
+    if family in _BATCH_NORMS:
+        return _batch_norm(node, op, known)
+    if family in ("aten.mm", "aten.addmm", "aten.linear", "aten.matmul"):
+        product = _product(node, op, known)
+        if product is not None:
+            return product
+    if family in ("aten.addmm", "aten.baddbmm", "aten.addmv"):
+        return replace(node, op=Opaque(op.name))
+    if family == "aten.embedding":
+        bound = _bind(node, op)
+        if bound["weight"] in known:
+            return replace(node, op=Embedding(), inputs=(bound["indices"], bound["weight"]))
+    if family in _NORMS:
+        return replace(node, op=Opaque(op.name, _NORMS[family]))
+    return node if family in ATEN_RULES else replace(node, op=Opaque(op.name))
+
+
+def _bind(node: Node, op: Call) -> dict[str, Any]:
+    """Return the call's arguments by name; tensors are names of values, absent ones ``""``."""
+    schema = overload(op.name)._schema  # type: ignore[attr-defined]
+    given = op.attributes["args"]
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(given):
+            value = given[index]
+        elif argument.name in op.attributes["kwargs"]:
+            value = op.attributes["kwargs"][argument.name]
+        else:
+            value = argument.default_value
+        tensor = "Tensor" in str(argument.type)
+        if isinstance(value, Slot):
+            value = node.inputs[value.index]
+        elif tensor and value is None:
+            value = ""
+        bound[argument.name] = value
+    return bound
+
+
+def _convolution(node: Node, op: Call, known: Mapping[str, Shape]) -> Node:
+    bound = _bind(node, op)
+    x, weight, bias = bound["input"], bound["weight"], bound["bias"]
+    if x in known or weight not in known or (bias and bias not in known):
+        return replace(node, op=Call(op.name, op.attributes, op.opset))
+    dims = len(known[weight]) - 2
+
+    def per_axis(value: Any) -> tuple[int, ...]:
+        sizes = tuple(int(n) for n in value)
+        return sizes * dims if len(sizes) == 1 else sizes
+
+    geometry = ConvGeometry(
+        stride=per_axis(bound["stride"]),
+        padding=tuple((p, p) for p in per_axis(bound["padding"])),
+        dilation=per_axis(bound["dilation"]),
+        groups=int(bound["groups"]),
+        transposed=bool(bound["transposed"]),
+        output_padding=per_axis(bound["output_padding"]) if bound["transposed"] else (0,) * dims,
+    )
+    return replace(node, op=Conv(geometry), inputs=(x, weight, bias) if bias else (x, weight))
+
+
+def _batch_norm(node: Node, op: Call, known: Mapping[str, Shape]) -> Node:
+    bound = _bind(node, op)
+    training = bool(bound.get("training", False))
+    mean, var = bound.get("running_mean", ""), bound.get("running_var", "")
+    constant = all(not bound.get(key) or bound[key] in known for key in ("weight", "bias")) and {
+        mean,
+        var,
+    } <= set(known)
+    if training or not constant:
+        return replace(node, op=Opaque(op.name, "instancenorm" if training else ""))
+    eps = float(bound.get("eps", bound.get("epsilon", 1e-5)))
+    inputs = (bound["input"], bound["weight"], bound["bias"], mean, var)
+    return replace(node, op=BatchNorm(eps), inputs=inputs, outputs=node.outputs[:1])
+
+
+def _product(node: Node, op: Call, known: Mapping[str, Shape]) -> Node | None:
+    """Return a linear record for a product with one constant matrix; None for anything else."""
+    bound = _bind(node, op)
+    family = packet(op.name)
+    bias = ""
+    alpha = 1.0
+    if family == "aten.linear":
+        left, right, bias = bound["input"], bound["weight"], bound["bias"]
+    elif family == "aten.addmm":
+        left, right = bound["mat1"], bound["mat2"]
+        alpha = float(bound["alpha"])
+        if bound["beta"] != 0:
+            bias = bound["self"]
+        if float(bound["beta"]) not in (0.0, 1.0):
+            return None
+    else:
+        left, right = bound["self"], bound["mat2" if "mat2" in bound else "other"]
+    if bias and bias not in known:
+        return None
+    tail = (bias,) if bias else ()
+    if left not in known and right in known and len(known[right]) == 2:
+        record = Linear(transposed=family != "aten.linear", alpha=alpha)
+        return replace(node, op=record, inputs=(left, right, *tail))
+    if left in known and right not in known and len(known[left]) == 2 and family != "aten.linear":
+        return replace(node, op=Linear(alpha=alpha, axis=-2), inputs=(right, left, *tail))
+    return None

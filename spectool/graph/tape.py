@@ -1,0 +1,316 @@
+"""The ATen tape: one forward of a live program under fake tensors, written down as a graph.
+
+The program runs functionalised, so that in-place writes and writes through views arrive as pure operations, and
+on fake tensors, so that no memory is spent and no arithmetic done. Parameters and buffers are known by identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spectool.errors import GraphError
+from spectool.graph.aten import Slot
+from spectool.graph.types import Call, Graph, Node, Opaque, Value
+
+Tensor = torch.Tensor
+Program = Callable[[Mapping[str, Tensor], Sequence[Tensor], Mapping[str, Tensor]], Any]
+
+
+@dataclass
+class _Writer:
+    """Names tensors by identity and collects nodes; every tensor seen is kept alive so that ids stay unique."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    values: dict[str, Value] = field(default_factory=dict)
+    captured: dict[str, Tensor] = field(default_factory=dict)
+    scope: list[str] = field(default_factory=list)
+    walls: list[str] = field(default_factory=list)
+
+    def bind(self, tensor: Tensor, name: str) -> None:
+        self.names[id(tensor)] = name
+        self.alive.append(tensor)
+        self.values[name] = Value(
+            name, tuple(int(n) for n in tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        )
+
+    def name_of(self, tensor: Tensor) -> str:
+        """Return the name of a tensor; one never seen is a constant that the program made for itself."""
+        known = self.names.get(id(tensor))
+        if known is None:
+            known = f"captured_{len(self.captured)}"
+            self.captured[known] = tensor
+            self.bind(tensor, known)
+        return known
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes every ATen call that comes by."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.writer = writer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = str(func)
+        if name.startswith("prim."):
+            return result
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if outputs:
+            self._write(name, args, kwargs, result)
+        return result
+
+    def _write(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        writer = self.writer
+        inputs: list[str] = []
+
+        def slot(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                inputs.append(writer.name_of(value))
+                return Slot(len(inputs) - 1)
+            if isinstance(value, (list, tuple)):
+                return type(value)(slot(item) for item in value) if type(value) in (list, tuple) else value
+            if isinstance(value, torch.SymInt):
+                return int(value)
+            return value
+
+        stored = {
+            "args": tuple(slot(value) for value in args),
+            "kwargs": {k: slot(v) for k, v in kwargs.items()},
+        }
+        produced = result if isinstance(result, (tuple, list)) else (result,)
+        outputs = []
+        for position, tensor in enumerate(produced):
+            if not isinstance(tensor, Tensor):
+                outputs.append("")
+                continue
+            label = f"%{len(writer.nodes)}" + (f".{position}" if len(produced) > 1 else "")
+            writer.bind(tensor, label)
+            outputs.append(label)
+        where = writer.scope[-1] if writer.scope else ""
+        # Inside a norm or a recurrent cell no operation is looked at by itself: the module is one boundary.
+        op = Opaque(name, f"inside:{writer.walls[-1]}") if writer.walls else Call(name, stored)
+        writer.nodes.append(Node(f"{where}/{name}#{len(writer.nodes)}", op, tuple(inputs), tuple(outputs)))
+
+
+def record(
+    module: torch.nn.Module,
+    inputs: Sequence[Tensor],
+    named_inputs: Mapping[str, Tensor] | None = None,
+) -> tuple[Graph, dict[str, Tensor]]:
+    """Run a module once on fake tensors and return its graph.
+
+    The module is left as it was: its training flags are restored, its parameters and buffers never written.
+
+    Args:
+        module: The program; it is run in evaluation mode.
+        inputs: Example inputs; only their shapes and types count (and, for integers, nothing else).
+        named_inputs: The same, by keyword.
+
+    Returns:
+        The graph, whose constants go by the names of parameters and buffers, and the tensors that the program
+        made or captured for itself, by their names in the graph.
+
+    Raises:
+        GraphError: If the program cannot be run on fake or on real tensors; the message says why.
+    """
+    named = dict(named_inputs or {})
+    meta = any(parameter.is_meta for parameter in module.parameters())
+    # Some kernels exist for half types alone, even as shapes (grouped products of experts); where there is data,
+    # a program that branches on values runs on the real tensors last.
+    attempts: list[tuple[bool, torch.dtype | None]] = [(True, None), (True, torch.bfloat16)]
+    if not meta:
+        attempts.append((False, None))
+    problems = []
+    for fake, dtype in attempts:
+        try:
+            with _quiet():
+                return _record(module, inputs, named, fake, dtype)
+        except Exception as error:  # whatever a stranger's forward raises
+            text = str(error).strip().splitlines()
+            problems.append(f"{type(error).__name__}: {text[0] if text else ''}"[:300])
+    raise GraphError(
+        f"the program of {type(module).__name__} cannot be followed ({problems[0]})",
+        hint="check the shapes and the number of its inputs",
+    )
+
+
+def _record(
+    module: torch.nn.Module,
+    inputs: Sequence[Tensor],
+    named: Mapping[str, Tensor],
+    fake: bool,
+    dtype: torch.dtype | None,
+) -> tuple[Graph, dict[str, Tensor]]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    writer = _Writer()
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    stand_in: dict[int, Tensor] = {}
+    tensors = dict(
+        (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    )
+
+    def prepare(tensor: Tensor) -> Tensor:
+        if id(tensor) not in stand_in:
+            plain = tensor.detach()
+            if isinstance(mode, FakeTensorMode):
+                fake_tensor = mode.from_tensor(plain)
+                cast = dtype is not None and plain.is_floating_point()
+                stand_in[id(tensor)] = fake_tensor.to(dtype) if cast else fake_tensor
+            else:
+                # A buffer that the program writes to must not change under the user's feet.
+                stand_in[id(tensor)] = plain.clone()
+        return stand_in[id(tensor)]
+
+    state = {name: prepare(tensor) for name, tensor in tensors.items()}
+    for name, tensor in state.items():
+        if id(tensor) not in writer.names:
+            writer.bind(tensor, name)
+    constants = {
+        name: tuple(tensor.shape) for name, tensor in state.items() if writer.names[id(tensor)] == name
+    }
+    place = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+
+    def fresh(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        with mode:
+            return torch.zeros(tensor.shape, dtype=kind, device=place)
+
+    positional = [fresh(tensor) for tensor in inputs]
+    keyword = {name: fresh(tensor) for name, tensor in named.items()}
+    input_names = []
+    for index, tensor in enumerate((*positional, *keyword.values())):
+        label = f"input.{index}" if index < len(positional) else list(keyword)[index - len(positional)]
+        writer.bind(tensor, label)
+        input_names.append(label)
+
+    def program(state: Mapping[str, Tensor], args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Any:
+        # Tied parameters arrive as one tensor under every one of their names already.
+        result = torch.func.functional_call(module, dict(state), tuple(args), dict(kwargs), tie_weights=False)
+        return _tensors(result)
+
+    with (
+        _evaluation(module),
+        _scopes(module, writer),
+        _slow_attention(),
+        torch.no_grad(),
+        mode,
+        _Recorder(writer),
+    ):
+        outputs = torch.func.functionalize(program, remove="mutations")(state, positional, keyword)
+    graph = Graph(
+        nodes=tuple(writer.nodes),
+        values=writer.values,
+        inputs=tuple(input_names),
+        outputs=tuple(writer.names[id(t)] for t in outputs if id(t) in writer.names),
+        constants={**constants, **{name: tuple(t.shape) for name, t in writer.captured.items()}},
+        origins={name: (name,) for name in constants},
+    )
+    return graph, writer.captured
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """Return every tensor in whatever a forward returned, dataclass-like outputs included."""
+    leaves = pytree.tree_leaves(result)
+    found = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            found.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
+    return found
+
+
+@contextlib.contextmanager
+def _evaluation(module: torch.nn.Module) -> Iterator[None]:
+    flags = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the failure of an attempt that another one follows."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Switch off the fused attention that would hide its projections, and put it back."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def is_norm(module: torch.nn.Module) -> bool:
+    """Return whether a module normalises by statistics of its own input (layer norm and its kin)."""
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return False
+    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
+        return not module.track_running_stats
+    name = type(module).__name__
+    return ("Norm" in name or name in ("T5LayerNorm", "GRN")) and not any(True for _ in module.children())
+
+
+def is_recurrent(module: torch.nn.Module) -> bool:
+    """Return whether a module is a recurrent layer or cell of torch's own."""
+    return isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase))
+
+
+@contextlib.contextmanager
+def _scopes(module: torch.nn.Module, writer: _Writer) -> Iterator[None]:
+    """Tell the writer which submodule is running."""
+    handles = []
+
+    def enter(name: str, wall: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            writer.scope.append(name)
+            if wall:
+                writer.walls.append(name)
+
+        return hook
+
+    def leave(wall: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            writer.scope.pop()
+            if wall:
+                writer.walls.pop()
+
+        return hook
+
+    try:
+        for name, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue
+            wall = is_norm(child) or is_recurrent(child)
+            handles.append(child.register_forward_pre_hook(enter(name, wall)))
+            handles.append(child.register_forward_hook(leave(wall), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

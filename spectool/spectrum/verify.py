@@ -1,0 +1,173 @@
+"""Verification: is anything left outside the vectors found, and how large can it be?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from spectool.spectrum.polish import rounding_unit
+from spectool.spectrum.probabilistic import Sturm, hochstenbach, log_inverse_delta
+from spectool.spectrum.starts import gaussian
+
+if TYPE_CHECKING:
+    from spectool.spectrum.gram import Gram
+
+BREAKDOWN = 1e-8
+"""A β below this times the largest Ritz value ends a certifying run; what follows would be rounding noise."""
+
+MARGIN = 1.05
+"""A verification is content when what is left is at most this times the k-th value."""
+
+TIGHT = 1.001
+"""... and prefers, while that is cheap, what is left to be at most this times the first value."""
+
+SHARP = 0.02
+"""Rounding, relative to the k-th eigenvalue, above which the run is done in float64."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a verification run saw.
+
+    Attributes:
+        bound: Upper bound on the largest eigenvalue of B on the complement (not yet inflated by rounding).
+        above: Whether a Ritz value on the complement lies above the level that was given.
+        broke: Whether the run ended by breakdown.
+        steps: Pairs it took.
+    """
+
+    bound: float
+    above: bool
+    broke: bool
+    steps: int
+
+
+def complement_run(
+    gram: Gram,
+    vectors: torch.Tensor,
+    source: torch.Generator,
+    *,
+    above: float,
+    goals: tuple[tuple[float, int], ...],
+    failure: float,
+) -> Check:
+    """Run single-vector Lanczos on (I−VᵀV)B(I−VᵀV) from a fresh random vector, coefficients in float64.
+
+    Unrestarted, unrefilled and without reorthogonalisation: by Greenbaum's theorem its coefficients are those of
+    an exact run on an operator whose eigenvalues lie within rounding of B's, which is all the bound needs. No
+    basis is stored.
+
+    Args:
+        gram: The operator.
+        vectors: V, orthonormal rows ``(p, size)``.
+        source: Generator no earlier vector came from.
+        above: A Ritz value above this eigenvalue ends the run at once (something was missed).
+        goals: (eigenvalue, pairs) in order: the run stops when its bound is ≤ eigenvalue; from ``pairs`` on
+            the next goal counts, after the last the run ends.
+        failure: Probability that the bound does not hold.
+    """
+    size, level = gram.size - len(vectors), log_inverse_delta(gram.size, failure)
+    if size <= 0:
+        return Check(0.0, False, False, 0)
+    vectors = vectors.to(dtype=gram.dtype, device=gram.device)
+    q = gaussian(1, gram.size, source).to(dtype=gram.dtype, device=gram.device)
+    for _ in range(2):
+        q = q - (q @ vectors.T) @ vectors
+        q = q / torch.linalg.vector_norm(q)
+    previous, last = torch.zeros_like(q), 0.0
+    alphas: list[float] = []
+    betas: list[float] = []
+    watch = Sturm(above)
+    marks = [Sturm(value) for value, _ in goals]
+    budget, broke = goals[-1][1], False
+    for step in range(1, min(size, budget) + 1):
+        # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
+        w = gram(q)
+        w = w - (w @ vectors.T) @ vectors
+        alpha = _dot(q, w)
+        w = w - alpha * q - last * previous
+        beta = _dot(w, w) ** 0.5
+        scale = max([alpha, *(a + b for a, b in zip(alphas, betas, strict=True))])
+        noise = torch.finfo(gram.dtype).eps * scale
+        alphas.append(alpha)
+        betas.append(max(beta, noise, 1e-300))
+        for sturm in (watch, *marks):
+            sturm.push(alphas[-1], betas[-1])
+        if watch.passed:
+            break
+        stage = next((i for i, (_, pairs) in enumerate(goals) if step < pairs), len(goals) - 1)
+        if any(not mark.passed and mark.log >= level for mark in marks[: stage + 1]):
+            break
+        if beta <= max(BREAKDOWN * scale, 64.0 * noise):
+            broke = True
+            break
+        previous, q, last = q, w / beta, beta
+    bound = hochstenbach(alphas, betas, level)
+    return Check(bound, watch.passed, broke, len(alphas))
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Inner product of two rows, accumulated in float64."""
+    return float(torch.dot(x.reshape(-1).double(), y.reshape(-1).double()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a verification.
+
+    Attributes:
+        tau: Bound on the norm of f·M on the complement, rounding included; holds with probability
+            ≥ 1 − ``failure``.
+        above: Whether something larger than the k-th value was seen on the complement.
+        proven: Whether tau ≤ 1.05·(k-th value), or tau is below what the arithmetic resolves.
+    """
+
+    tau: float
+    above: bool
+    proven: bool
+
+
+def verify(
+    gram: Gram,
+    vectors: torch.Tensor,
+    first: float,
+    last: float,
+    sources: tuple[torch.Generator, torch.Generator],
+    *,
+    pairs: int,
+    failure: float,
+) -> Verdict:
+    """Look for something above ``last`` on the complement of ``vectors``, and bound what is there.
+
+    Args:
+        gram: The operator.
+        vectors: Orthonormal rows ``(p, size)``.
+        first: Largest eigenvalue of B found.
+        last: k-th largest eigenvalue of B found.
+        sources: Generators for the run and for a second run in float64, should the first break down.
+        pairs: Most pairs to spend.
+        failure: Probability that ``tau`` does not hold.
+    """
+    for attempt, source in enumerate(sources):
+        slack = 2.0 * rounding_unit(gram) * first
+        if slack > SHARP * last or attempt:
+            gram = gram.double()
+            slack = 2.0 * rounding_unit(gram) * first
+        # Values below the rounding of a Gram operator are zero for all that can be said.
+        accept = max(MARGIN**2 * last, 4.0 * slack)
+        resolution = 1e-6 if gram.dtype == torch.float32 else 1e-10
+        goal = max(min(accept, TIGHT**2 * first), 2.0 * slack)
+        check = complement_run(
+            gram,
+            vectors,
+            source,
+            above=last + resolution * first,
+            goals=((goal - slack, min(pairs, 100)), (accept - slack, pairs)),
+            failure=failure / len(sources),
+        )
+        if not check.broke or gram.dtype == torch.float64:
+            break
+    bound = check.bound + slack
+    return Verdict(bound**0.5, check.above, not check.above and bound <= accept)
