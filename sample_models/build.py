@@ -98,6 +98,7 @@ def write_cnn(images: Tensor, labels: Tensor) -> Answers:
     torch.save(sequential, HERE / "digits_sequential_module.pt")
     return {
         "cnn program": cnn_program(state),
+        "cnn onnx": cnn_program(state, eps=float(np.float32(1e-5))),
         "cnn tensors": cnn_tensors(state),
         "cnn module": cnn_module(state),
         "sequential program": sequential_program(sequential.state_dict()),
@@ -191,8 +192,8 @@ FILES: dict[str, tuple[dict[str, object], str]] = {
     "digits_cnn_legacy.pt": ({}, "cnn tensors"),
     "digits_cnn.safetensors": ({}, "cnn tensors"),
     "digits_cnn_module.pt": ({}, "cnn module"),
-    "digits_cnn.onnx": ({}, "cnn program"),
-    "digits_cnn_external.onnx": ({}, "cnn program"),
+    "digits_cnn.onnx": ({}, "cnn onnx"),
+    "digits_cnn_external.onnx": ({}, "cnn onnx"),
     "digits_cnn.pt2": ({}, "cnn program"),
     "digits_cnn_torchscript.pt": ({}, "cnn program"),
     "digits_sequential_module.pt": ({"input_shape": [1, 1, 16, 16]}, "sequential program"),
@@ -204,6 +205,8 @@ FILES: dict[str, tuple[dict[str, object], str]] = {
     "quantised_conv.onnx": ({}, "quantised"),
     "lora_pair.safetensors": ({}, "lora"),
 }
+# What stands before every key of the answers in a file.
+PREFIXES = {"digits_cnn_training.pt": "module."}
 
 
 def main() -> None:
@@ -213,7 +216,10 @@ def main() -> None:
     images, labels = digits()
     answers = {**write_cnn(images, labels), **write_mlp(images, labels), **write_small()}
     document = {
-        "files": {name: {"options": options, "answers": key} for name, (options, key) in FILES.items()},
+        "files": {
+            name: {"options": options, "answers": key, "prefix": PREFIXES.get(name, "")}
+            for name, (options, key) in FILES.items()
+        },
         "answers": {key: [row.plain() for row in rows] for key, rows in answers.items()},
     }
     for file in (*HERE.glob("*.safetensors"), *HERE.glob("*/*.safetensors"), *HERE.glob("*.data")):

@@ -150,11 +150,11 @@ def matrix_row(layer: str, weight: Tensor, kind: str = "linear", *matrices: str)
 # --- the networks -----------------------------------------------------------------------------------------
 
 
-def norm(state: State, prefix: str) -> Function:
+def norm(state: State, prefix: str, eps: float = 1e-5) -> Function:
     """Return the evaluation-mode batch norm of a float64 state dict."""
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, gamma, beta = (state[f"{prefix}.{name}"] for name in names)
-    return lambda x: F.batch_norm(x, mean, var, gamma, beta, training=False, eps=1e-5)
+    return lambda x: F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
 
 def chain(*functions: Function) -> Function:
@@ -182,15 +182,18 @@ LAYERS: dict[str, tuple[Function | None, Shape, dict[str, Any]]] = {
 }
 
 
-def cnn_program(state: State) -> list[Row]:
-    """Return the rows of ``DigitsCNN`` where its program is known, layers first, then compositions."""
+def cnn_program(state: State, eps: float = 1e-5) -> list[Row]:
+    """Return the rows of ``DigitsCNN`` where its program is known, layers first, then compositions.
+
+    ``eps`` is that of its batch norms: ONNX stores it in float32, which moves singular values by up to 2e-12.
+    """
     state = {name: tensor.double() for name, tensor in state.items()}
     rows, pairs, functions = [], [], {}
     for name, (pad, in_shape, options) in LAYERS.items():
         kernel, gamma = f"{name}.conv.weight", f"{name}.bn.weight"
         apply = F.conv_transpose2d if name == "up" else F.conv2d
         kind = "conv_transpose2d" if name == "up" else "conv2d"
-        convolve, normalise = partial(apply, weight=state[kernel], **options), norm(state, f"{name}.bn")
+        convolve, normalise = partial(apply, weight=state[kernel], **options), norm(state, f"{name}.bn", eps)
         # A program shows the padding as an operation of its own: the bare convolution reads a padded input.
         read = tuple(pad(torch.zeros(1, *in_shape)).shape[1:]) if pad else in_shape
         pair = chain(convolve, normalise)

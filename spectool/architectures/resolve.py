@@ -37,8 +37,13 @@ def build(name: str, arguments: Mapping[str, Any] | None = None) -> torch.nn.Mod
     factory = makers[library](rest) if library in makers else _imported(library, rest)
     try:
         # Shapes alone are wanted; weights come from the checkpoint.
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                module = factory(**dict(arguments or {}))
+        except NotImplementedError:
+            # Some factories compute their widths with tensors, which have no values there.
             module = factory(**dict(arguments or {}))
+            module = module.to("meta") if isinstance(module, torch.nn.Module) else module
     except Exception as error:  # whatever a stranger's factory raises
         text = str(error).splitlines()[0] if str(error) else ""
         raise UsageError(

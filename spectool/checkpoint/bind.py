@@ -56,8 +56,15 @@ class Bound:
     inside: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     arrays: dict[int, str] = field(default_factory=dict)
 
+    def update(self, other: Bound) -> None:
+        """Add the refs of another pickle of the same checkpoint."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.update(theirs)
 
-def bind(file: Path, named: Mapping[str, Tensor], locate: Callable[[Storage], Place], limits: Limits) -> Bound:
+
+def bind(
+    file: Path, named: Mapping[str, Tensor], locate: Callable[[Storage], Place], limits: Limits
+) -> Bound:
     """Turn placeholders into refs.
 
     Args:

@@ -18,7 +18,10 @@ class Reference:
 
 
 #: Builders of ``torch.fx`` modules; they get the module's ``__dict__`` as first argument.
-_GRAPH_MODULES = ("torch.fx.graph_module.reduce_graph_module", "torch.fx.graph_module.reduce_deploy_graph_module")
+_GRAPH_MODULES = (
+    "torch.fx.graph_module.reduce_graph_module",
+    "torch.fx.graph_module.reduce_deploy_graph_module",
+)
 
 
 @dataclass(eq=False)

@@ -101,7 +101,8 @@ class Collector:
         attributes = {
             name: _plain(value, 0)
             for name, value in state.items()
-            if name not in _REGISTRIES and not (name.startswith("_") and isinstance(value, dict) and not value)
+            if name not in _REGISTRIES
+            and not (name.startswith("_") and isinstance(value, dict) and not value)
         }
         return InertModule(module.cls, attributes, parameters, children)
 
@@ -141,7 +142,9 @@ def _plain(value: Any, depth: int) -> Any:
         if depth >= _DEEPEST or len(value) > _LONGEST:
             return InertObject(f"builtins.{type(value).__name__}", {"length": len(value)})
         if isinstance(value, dict):
-            return {name: _plain(item, depth + 1) for name, item in value.items() if isinstance(name, str | int)}
+            return {
+                name: _plain(item, depth + 1) for name, item in value.items() if isinstance(name, str | int)
+            }
         return type(value)(_plain(item, depth + 1) for item in value)
     return InertObject(f"{type(value).__module__}.{type(value).__qualname__}")
 

@@ -105,7 +105,9 @@ class Nest:
             if len(kept) != 1 or isinstance(kept[0][1], Tensor):
                 if not kept:
                     others = ", ".join(".".join((*path, name)) for name, _ in left)
-                    raise NothingToAnalyse(f"it holds only {others}", hint="name a file that holds weights, or a --key")
+                    raise NothingToAnalyse(
+                        f"it holds only {others}", hint="name a file that holds weights, or a --key"
+                    )
                 names = tuple(name for name, _ in kept)
                 return Choice(path, node, names, _describe(path, notes))
             path, node = (*path, kept[0][0]), kept[0][1]
@@ -117,7 +119,9 @@ class Nest:
         matches = exact or [item for item in found if item[0][-1] == key]
         if len(matches) == 1:
             return matches[0]
-        names = ", ".join(".".join(path) for path, _ in matches or found) or "none: all tensors are in one dict"
+        names = (
+            ", ".join(".".join(path) for path, _ in matches or found) or "none: all tensors are in one dict"
+        )
         fault = "names several parts" if matches else "names no part of it that holds tensors"
         raise UsageError(f"key {key!r} {fault}", hint=f"keys: {names}")
 
@@ -143,7 +147,11 @@ class Nest:
             kept = branches
             raw = [item for item in branches if not _AVERAGED.search(item[0])]
             if raw and len(raw) < len(branches):
-                left += [(name, "averaged weights: choose it by --key") for name, _ in branches if _AVERAGED.search(name)]
+                left += [
+                    (name, "averaged weights: choose it by --key")
+                    for name, _ in branches
+                    if _AVERAGED.search(name)
+                ]
                 kept = raw
         return kept, left
 

@@ -11,12 +11,13 @@ stack (measured: segmentation fault), 28 nested pairs take 2^28 steps to hash, a
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from spectool.checkpoint.inert import Foreign, Reference, append_items, set_items
+from spectool.checkpoint.inert import BadCall, Foreign, Reference, append_items, set_items
 from spectool.checkpoint.limits import Limits
-from spectool.checkpoint.rebuild import BadCall, build, call
+from spectool.checkpoint.rebuild import build, call
 from spectool.errors import CorruptFile
 
 _PUSH = {
@@ -48,7 +49,10 @@ def unpickle(
     """
     machine = _Machine(what, limits, persistent)
     try:
-        return machine.run(stream)
+        with warnings.catch_warnings():
+            # The library's decoder of protocol 0 strings warns about odd escapes in damaged ones.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return machine.run(stream)
     # A damaged stream can make any decoding step fail in its own way; LimitExceeded and CorruptFile pass.
     except (
         IndexError,
@@ -79,11 +83,9 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, stream: BinaryIO) -> Any:
-        count = 0
         most = self._limits.opcodes
-        # genops takes the stream's own position as the opcode's; it is not needed here.
-        for opcode, argument, _ in pickletools.genops(stream):
-            count += 1
+        argument: Any
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
             if count > most:
                 self._limits.check("opcodes", count, self._what)
             name = opcode.name
@@ -103,7 +105,7 @@ class _Machine:
             elif name == "STOP":
                 return self._stack.pop()
             elif name not in _IGNORED:
-                getattr(self, f"_op_{name.lower()}", self._unknown)(argument)
+                _HANDLERS.get(name, _Machine._unknown)(self, argument)
         raise ValueError("it has no end")
 
     def _unknown(self, argument: Any) -> None:
@@ -159,7 +161,7 @@ class _Machine:
         items = self._take_marked()
         self._stack.append(Foreign("builtins.frozenset", elements=items))
 
-    def _opappend_items(self, _: Any) -> None:
+    def _op_append(self, _: Any) -> None:
         value = self._stack.pop()
         append_items(self._stack[-1], [value])
 
@@ -235,3 +237,8 @@ class _Machine:
     def _op_persid(self, argument: str) -> None:
         self._stack.append(argument)
         self._op_binpersid(None)
+
+
+_HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
+    name.removeprefix("_op_").upper(): method for name, method in vars(_Machine).items() if name.startswith("_op_")
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, torch_dtype
 from spectool.checkpoint.limits import Limits
@@ -62,7 +62,8 @@ def _strided(source: Source, ref: TensorRef, dtype: torch.dtype) -> torch.Tensor
     flat = torch.empty(span(ref.shape, ref.stride) * size, dtype=torch.uint8)
     # A window's source counts from its own beginning, a ref from that of the file.
     start = ref.base + ref.offset - source.base
-    source.read_into(start, memoryview(flat.numpy()), f"tensor {ref.name!r}")
+    octets: Any = flat.numpy()
+    source.read_into(start, memoryview(octets), f"tensor {ref.name!r}")
     return native(flat, dtype, ref.byteorder).as_strided(ref.shape, ref.stride)
 
 

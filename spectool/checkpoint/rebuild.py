@@ -122,6 +122,15 @@ def _encode(text: Any, encoding: Any = "utf-8", *_: Any) -> bytes:
     return data
 
 
+def _bytes(value: Any = b"", *encoding: Any) -> bytes:
+    if isinstance(value, str):
+        return _encode(value, *encoding)
+    # An integer would ask for that many zeros.
+    if not isinstance(value, bytes | bytearray | list):
+        raise TypeError("bytes are built from something else")
+    return bytes(value)
+
+
 def _dict(entries: Any = (), *_: Any) -> dict[Any, Any]:
     result: dict[Any, Any] = {}
     if isinstance(entries, dict):
@@ -194,6 +203,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     **{f"{module}.frozenset": _set for module in _BUILTINS},
     **{f"{module}.list": _list for module in _BUILTINS},
     **{f"{module}.tuple": _tuple for module in _BUILTINS},
+    **{f"{module}.bytes": _bytes for module in _BUILTINS},
+    **{f"{module}.bytearray": _bytes for module in _BUILTINS},
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _reconstructed,
     "copy_reg._reconstructor": _reconstructed,

@@ -11,7 +11,7 @@ from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.read import MOST_AXES, Reader, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
-from spectool.errors import CorruptFile
+from spectool.errors import CorruptFile, NothingToAnalyse
 
 #: A header that begins past this is no safetensors file but some text with a brace in ninth place.
 PLAUSIBLE_HEADER = 2**40
@@ -65,8 +65,11 @@ def open_safetensors(source: Source, limits: Limits) -> Checkpoint:
                 name, SAFETENSORS[code], shape, row_major(shape), path, "", start, name, end - begin
             )
     _check_extents(source, extents, 8 + length)
-    metadata = {"safetensors": extra} if extra else {}
-    return Checkpoint(path, "safetensors", tensors, {}, metadata, None, (), Reader({path: source}), unread)
+    if not (tensors or unread):
+        raise NothingToAnalyse(
+            f"{path}: a safetensors file without a single tensor", hint="name a file that holds weights"
+        )
+    return Checkpoint(path, "safetensors", tensors, {}, extra or {}, None, (), Reader({path: source}), unread)
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

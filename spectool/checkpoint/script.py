@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import Any
 
 from spectool.checkpoint.archive import Archive
-from spectool.checkpoint.bind import Place, bind
-from spectool.checkpoint.dtypes import EXPORTED, ITEMSIZE
+from spectool.checkpoint.bind import Bound, bind
+from spectool.checkpoint.dtypes import EXPORTED
 from spectool.checkpoint.inert import Storage, Tensor
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.modules import Collector
 from spectool.checkpoint.nest import Nest
 from spectool.checkpoint.read import Reader, find_aliases
-from spectool.checkpoint.torchfile import assemble, unpickle_record, zip_locator
+from spectool.checkpoint.source import Source
+from spectool.checkpoint.torchfile import unpickle_record, zip_locator
 from spectool.checkpoint.types import Checkpoint
 from spectool.errors import CorruptFile, NothingToAnalyse
 
-_STATE = "serialized_state_dict"
+_EARLY = "serialized_state_dict.pt"
+_TABLE = re.compile(r"data/(weights|constants)/([^/]+)_\1_config\.json")
 _STRIDED = 7
 
 
@@ -33,32 +35,10 @@ def open_torchscript(archive: Archive, limits: Limits) -> Checkpoint:
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
         NothingToAnalyse: If there is no tensor.
     """
-    source = archive.source
-    bound = None
-    for record, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):
-        if record not in archive:
-            continue
-        root = unpickle_record(archive, record, limits)
-        if folder == "constants":
-            values = root if isinstance(root, tuple | list) else ()
-            root = {"CONSTANTS": {f"c{index}": value for index, value in enumerate(values)}}
-        collector = Collector(str(source.path), Nest(root, limits), limits)
-        collector.flatten(root, "", 0, training=True)
-        part = bind(source.path, collector.tensors, zip_locator(archive, folder, limits), limits)
-        if bound is None:
-            bound = part
-        else:
-            bound.tensors.update(part.tensors)
-            bound.unread.update(part.unread)
-            bound.quantization.update(part.quantization)
-    if bound is None or not (bound.tensors or bound.unread):
-        raise NothingToAnalyse(
-            f"{source.path}: a TorchScript archive without a single tensor", hint="name a file that holds weights"
-        )
-    metadata = {"quantization": bound.quantization} if bound.quantization else {}
-    aliases = find_aliases(bound.tensors.values())
-    reader = Reader({source.path: source}, bound.inside)
-    return Checkpoint(source.path, "torchscript", bound.tensors, aliases, metadata, None, (), reader, bound.unread)
+    bound = _every_tensor(archive, "data.pkl", "data", limits) if "data.pkl" in archive else Bound()
+    if "constants.pkl" in archive:
+        bound.update(_every_tensor(archive, "constants.pkl", "constants", limits, "CONSTANTS", "c"))
+    return _program_checkpoint(archive.source, "torchscript", "a TorchScript archive", bound)
 
 
 def open_exported(archive: Archive, limits: Limits) -> Checkpoint:
@@ -68,45 +48,76 @@ def open_exported(archive: Archive, limits: Limits) -> Checkpoint:
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
         NothingToAnalyse: If there is no tensor.
     """
-    if f"{_STATE}.pt" in archive or f"{_STATE}.json" in archive:
-        return _open_early_export(archive, limits)
+    bound = _early_export(archive, limits) if _EARLY in archive else _export(archive, limits)
+    return _program_checkpoint(archive.source, "pt2", "an exported program", bound)
+
+
+def _program_checkpoint(source: Source, form: str, what: str, bound: Bound) -> Checkpoint:
+    if not (bound.tensors or bound.unread):
+        raise NothingToAnalyse(
+            f"{source.path}: {what} without a single tensor", hint="name a file that holds weights"
+        )
+    metadata = {"quantization": bound.quantization} if bound.quantization else {}
+    aliases = find_aliases(bound.tensors.values())
+    reader = Reader({source.path: source}, bound.inside)
+    return Checkpoint(source.path, form, bound.tensors, aliases, metadata, None, (), reader, bound.unread)
+
+
+def _every_tensor(
+    archive: Archive, record: str, folder: str, limits: Limits, prefix: str = "", item: str = ""
+) -> Bound:
+    """Bind every tensor of one pickle record; nothing in it is training state."""
+    root = unpickle_record(archive, record, limits)
+    if prefix:
+        values = root if isinstance(root, tuple | list) else ()
+        root = {prefix: {f"{item}{index}": value for index, value in enumerate(values)}}
     path = archive.source.path
+    collector = Collector(str(path), Nest(root, limits), limits)
+    collector.flatten(root, "", 0, training=True)
+    return bind(path, collector.tensors, zip_locator(archive, folder, limits), limits)
+
+
+def _export(archive: Archive, limits: Limits) -> Bound:
+    """Read the tables of weights and constants that an exported program has for each of its models."""
+    path = archive.source.path
+    tables = []
+    for record in archive.records:
+        match = _TABLE.fullmatch(record)
+        if match:
+            tables.append((record, *match.groups()))
+    several = len({model for _, _, model in tables}) > 1
     named: dict[str, Tensor] = {}
-    unread: dict[str, str] = {}
-    configs = [
-        (name, folder)
-        for folder in ("weights", "constants")
-        for name in archive.records
-        if name.startswith(f"data/{folder}/") and name.endswith(f"_{folder}_config.json")
-    ]
-    models = {name.rsplit("/", 1)[1].removesuffix(f"_{folder}_config.json") for name, folder in configs}
-    for record, folder in configs:
-        model = record.rsplit("/", 1)[1].removesuffix(f"_{folder}_config.json")
-        prefix = f"{model}." if len(models) > 1 else ""
-        config = parse_object(archive.read(record, "header_bytes"), f"{path}: record {record!r}").get("config")
+    # Weights before constants, whatever the order in the archive.
+    for record, folder, model in sorted(tables, key=lambda table: table[1], reverse=True):
+        config = parse_object(archive.read(record, "header_bytes"), f"{path}: record {record!r}").get(
+            "config"
+        )
         if not isinstance(config, dict):
             raise CorruptFile(f"{path}: record {record!r} lists no tensors")
-        limits.check("names", len(config), f"{path}: the number of tensors")
+        limits.check("names", len(named) + len(config), f"{path}: the number of tensors")
         for name, entry in config.items():
-            key = prefix + name
+            key = f"{model}.{name}" if several else name
             tensor = _exported_tensor(f"{path}: tensor {key!r}", f"{folder}/", entry)
-            if tensor is None:
-                continue
-            named[key] = tensor
-    # ``byteorder`` is not consulted: the exporter writes raw bytes of its machine and records it beside them.
-    bound = bind(path, named, _in_data(zip_locator(archive, "data", limits)), limits)
-    unread.update(bound.unread)
-    if not (bound.tensors or unread):
-        raise NothingToAnalyse(
-            f"{path}: an exported program without weights of its own", hint="export it with torch.export.save"
-        )
-    aliases = find_aliases(bound.tensors.values())
-    reader = Reader({path: archive.source})
-    return Checkpoint(path, "pt2", bound.tensors, aliases, {}, None, (), reader, unread)
+            if tensor is not None:
+                named[key] = tensor
+    return bind(path, named, zip_locator(archive, "data", limits), limits)
 
 
-def _in_data(locate: Callable[[Storage], Place]) -> Callable[[Storage], Place]:
-    return locate
+def _early_export(archive: Archive, limits: Limits) -> Bound:
+    """Read a .pt2 of torch 2.1 to 2.6: a zip whose state dict and constants are whole torch files of their own."""
+    source = archive.source
+    bound = Bound()
+    for name in (_EARLY, "serialized_constants.pt"):
+        record = archive.records.get(name)
+        if record is None or record.size == 0:
+            continue
+        if not record.stored:
+            raise CorruptFile(
+                f"{source.path}: record {record.name!r} is compressed", hint="export the program again"
+            )
+        inner = Archive(source.window(record.start, record.size), limits)
+        bound.update(_every_tensor(inner, "data.pkl", "data", limits))
+    return bound
 
 
 def _exported_tensor(what: str, folder: str, entry: Any) -> Tensor | None:
@@ -120,27 +131,16 @@ def _exported_tensor(what: str, folder: str, entry: Any) -> Tensor | None:
         shape = tuple(size["as_int"] for size in meta["sizes"])
         stride = tuple(step["as_int"] for step in meta["strides"])
         offset = meta["storage_offset"]["as_int"]
-        sound = isinstance(file, str) and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, offset))
+        sound = isinstance(file, str) and all(
+            type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, offset)
+        )
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise CorruptFile(f"{what} has an entry without file, type, sizes and strides")
     if pickled or layout != _STRIDED or number not in EXPORTED:
-        return Tensor("", shape, problem="stored as a pickled tensor subclass, or of an unknown type or layout")
+        return Tensor(
+            "", shape, problem="stored as a pickled tensor subclass, or of an unknown type or layout"
+        )
     dtype = EXPORTED[number]
     return Tensor(dtype, shape, stride, Storage(dtype, folder + file, 0), offset)
-
-
-def _open_early_export(archive: Archive, limits: Limits) -> Checkpoint:
-    """Read a .pt2 of torch 2.1 to 2.6: a zip in which the state dict is a whole torch file of its own."""
-    source = archive.source
-    record = archive.records.get(f"{_STATE}.pt") or archive.records[f"{_STATE}.json"]
-    if not record.stored:
-        raise CorruptFile(f"{source.path}: record {record.name!r} is compressed", hint="export the program again")
-    inner = Archive(source.window(record.start, record.size), limits)
-    root = unpickle_record(inner, "data.pkl", limits)
-    locate = zip_locator(inner, "data", limits)
-    return assemble(inner.source, "pt2", root, locate, limits, None)
-
-
-__all__ = ["ITEMSIZE", "open_exported", "open_torchscript"]

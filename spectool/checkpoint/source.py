@@ -89,7 +89,7 @@ class Source:
         return self.read(0, min(size, self.size), "its first bytes")
 
     @contextmanager
-    def stream(self, largest: int) -> Iterator[io.BufferedReader]:
+    def stream(self, largest: int) -> Iterator[BinaryIO]:
         """Open for reading by a parser that expects a file; one read of more than ``largest`` is refused."""
         with io.BufferedReader(_Stream(self, largest), 1 << 16) as reader:
             yield reader

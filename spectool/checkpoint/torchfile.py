@@ -117,7 +117,9 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
         tape = cast(BinaryIO, _Tape(stream, f"{path}: its pickles", limits))
         unpickle(tape, f"{path}: the magic number", limits)
         if unpickle(tape, f"{path}: the protocol version", limits) != _LEGACY_PROTOCOL:
-            raise UnrecognisedFormat(f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch")
+            raise UnrecognisedFormat(
+                f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch"
+            )
         system = unpickle(tape, f"{path}: the system facts", limits)
         root = unpickle(tape, f"{path}: the object", limits, persistent)
         keys = unpickle(tape, f"{path}: the storage keys", limits)
@@ -130,9 +132,13 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
         if name not in storages or name in places:
             raise CorruptFile(f"{path}: the storage key {name!r} is listed but not used, or listed twice")
         storage = storages[name]
-        count = int.from_bytes(source.read(position, 8, f"the size of storage {name!r}"), "little", signed=True)
+        count = int.from_bytes(
+            source.read(position, 8, f"the size of storage {name!r}"), "little", signed=True
+        )
         if count != storage.numel:
-            raise CorruptFile(f"{path}: storage {name!r} has {count} elements, its tensors expect {storage.numel}")
+            raise CorruptFile(
+                f"{path}: storage {name!r} has {count} elements, its tensors expect {storage.numel}"
+            )
         nbytes = count * ITEMSIZE[storage.dtype]
         places[name] = Place("", 0, position + 8, nbytes, "big" if big else "little")
         position += 8 + nbytes
@@ -187,7 +193,7 @@ def assemble(
 class _Tape:
     """A binary stream that counts what pickles read from it and refuses to go past ``pickle_bytes``."""
 
-    def __init__(self, stream: io.BufferedReader, what: str, limits: Limits) -> None:
+    def __init__(self, stream: BinaryIO, what: str, limits: Limits) -> None:
         self._stream = stream
         self._what = what
         self._limits = limits

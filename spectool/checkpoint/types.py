@@ -76,12 +76,13 @@ class Checkpoint:
             ``safetensors-sharded``, ``torch-sharded``, ``huggingface``, ``onnx``.
         tensors: Name → ref, in file order, optimizer-like branches left out. Tied names are all there.
         aliases: Name → first name in file order, for tied tensors (same storage, offset, shape and stride).
-        metadata: Small facts from the container, each only where there is one: ``safetensors`` (its
-            ``__metadata__``), ``config`` and ``adapter_config`` (Hugging Face JSON beside the weights), ``index``
-            (metadata of a shard index), ``scalars`` (plain values beside the state dict: epoch, alpha…),
-            ``branch`` (dotted path of the state dict taken), ``candidates`` (paths ``key`` could choose),
-            ``quantization`` (tensor → scheme, scale, zero_point, axis), ``gzip`` (True), ``onnx`` (ir_version,
-            producer, opsets, metadata_props).
+        metadata: Small facts from the container. The entries of a safetensors ``__metadata__`` stand under their own
+            names; the others, each only where there is one, are ``config`` and ``adapter_config`` (Hugging Face JSON
+            beside the weights), ``index`` (metadata of a shard index), ``scalars`` (plain values beside the state
+            dict: epoch, architecture…), ``branch`` (dotted path of the state dict taken), ``candidates`` (paths that
+            ``key`` could choose), ``quantization`` (tensor → scheme, scale, zero_point, axis; per-channel scales and
+            zero points are refs for ``reader``), ``gzip`` (True), ``onnx`` (ir_version, producer, opsets,
+            metadata_props).
         program: The program if there is one: a ``ModelProto`` for ONNX (in-file weights included, external ones
             not), an ``InertModule`` tree for a pickled module; None otherwise.
         notes: What was left out or unwrapped, in words (``ignored optimizer``, ``took 'state_dict'``…).

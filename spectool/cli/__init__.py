@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from spectool.cli.main import main
+from spectool.cli.commands import app
+from spectool.cli.run import main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

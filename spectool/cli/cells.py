@@ -6,8 +6,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from spectool.cli.grid import GridColumn, fit
-from spectool.cli.numbers import significant
-from spectool.report.table import Cell, Column, Table
+from spectool.cli.numbers import rounded_down, rounded_up, significant
+from spectool.report.table import Cell, Table
 from spectool.report.text import visible
 
 
@@ -21,7 +21,7 @@ def cells_grid(table: Table, width: int | None) -> tuple[RichTable, list[str]]:
     count = len(table.columns)
     columns = []
     for place, column in enumerate(table.columns):
-        cells = tuple(_cell(row[place]) for row in table.rows)
+        cells = tuple(_cell(column.name, row[place]) for row in table.rows)
         right = column.kind in ("integer", "number")
         columns.append(
             GridColumn(
@@ -29,19 +29,19 @@ def cells_grid(table: Table, width: int | None) -> tuple[RichTable, list[str]]:
                 cells,
                 "right" if right else "left",
                 drop=0 if place == 0 else count - place,
-                shrink=_may_shrink(column),
+                shrink=column.kind == "text",
             )
         )
     return fit(columns, width)
 
 
-def _may_shrink(column: Column) -> bool:
-    return column.kind == "text"
-
-
-def _cell(cell: Cell) -> Text:
+def _cell(name: str, cell: Cell) -> Text:
     if cell is None:
         return Text("")
     if isinstance(cell, bool):
         return Text("yes" if cell else "no")
-    return Text(significant(cell) if isinstance(cell, float) else visible(str(cell)))
+    if not isinstance(cell, float):
+        return Text(visible(str(cell)))
+    if name.endswith("lower"):
+        return Text(rounded_down(cell))
+    return Text(rounded_up(cell) if name.endswith("upper") else significant(cell))

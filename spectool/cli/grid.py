@@ -12,7 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 GAP = 2
-_NARROWEST = 16
+_COMFORTABLE = 16
+_NARROWEST = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def fit(columns: Sequence[GridColumn], width: int | None) -> tuple[RichTable, li
     kept = list(columns)
     hidden: list[str] = []
     if width is not None:
-        comfortable = max(_NARROWEST, width * 2 // 5)
+        comfortable = max(_COMFORTABLE, width * 2 // 5)
         while _total(kept, comfortable) > width and any(column.drop for column in kept):
             first = min((column for column in kept if column.drop), key=lambda column: column.drop)
             kept.remove(first)
@@ -101,8 +102,14 @@ def _shrink(columns: list[GridColumn], width: int) -> list[GridColumn]:
 
 
 def _table(columns: Sequence[GridColumn]) -> RichTable:
+    # A width of its own: should even the least not fit, lines run over rather than numbers lose their ends.
     table = RichTable(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+        width=_total(columns),
     )
     for column in columns:
         table.add_column(

@@ -10,7 +10,14 @@ import typer
 from spectool.cli import options as opt
 from spectool.cli.conclusion import conclude, draw_report
 from spectool.cli.output import choose_target, deliver
-from spectool.cli.parsing import check_numbers, check_source, parse_inputs, parse_shard, split_list
+from spectool.cli.parsing import (
+    check_numbers,
+    check_source,
+    parse_arguments,
+    parse_inputs,
+    parse_shard,
+    split_list,
+)
 from spectool.cli.progress import LiveProgress
 from spectool.report.layout import WriteOptions, check_options, report_layout
 from spectool.report.table import split_columns
@@ -29,6 +36,8 @@ def inspect(
     ],
     top_k: opt.TopK = 8,
     inputs: opt.Inputs = None,
+    arch: opt.Arch = None,
+    arch_args: opt.ArchArgs = None,
     method: opt.Method = opt.MethodName.auto,
     tol: opt.Tol = 1e-5,
     max_matvecs: opt.MaxMatvecs = None,
@@ -60,12 +69,12 @@ def inspect(
     strict: opt.Strict = False,
     debug: opt.Debug = False,
 ) -> int:
-    """Say what the singular values of every linear operator are, each with an interval that encloses it."""
+    """Enclose the singular values of every linear operator."""
     target = choose_target(output, format, file, quiet=quiet)
     layout = WriteOptions(split_columns(columns or ""), sort or "", tidy, not no_guard)
     check_options(layout, target.format, top_k)
     check_numbers(top_k, tol, max_matvecs)
-    shapes, part = parse_inputs(inputs or ()), parse_shard(shard)
+    shapes, part, arguments = parse_inputs(inputs or ()), parse_shard(shard), parse_arguments(arch_args)
     check_source(file)
     with LiveProgress(enabled=not (quiet or no_progress)) as progress:
         # Imports torch, which takes seconds: only once the arguments are known to make sense.
@@ -75,7 +84,7 @@ def inspect(
             file, k=top_k, input_shape=shapes, method=method.value, tol=tol, max_matvecs=max_matvecs, certify=certify,
             seed=seed, device=device, dtype=dtype, level=level.value, layers=tuple(layers or ()),
             exclude=tuple(exclude or ()), kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key,
-            list_only=list_only, shard=part, hash=hash, progress=progress,
+            arch=arch, arch_args=arguments, list_only=list_only, shard=part, hash=hash, progress=progress,
         )  # fmt: skip
     deliver(report_layout(report, layout), target, layout, lambda width: draw_report(report, layout, width))
     conclude(report, target, verbose=verbose)

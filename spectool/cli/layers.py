@@ -29,7 +29,11 @@ def layers_grid(
         nested: Whether composed rows still follow their layers, so that they can hang below them.
     """
     rows = report.rows
-    columns = [column for column in _columns(rows, nested) if any(cell.plain for cell in column.cells)]
+    columns = [
+        column
+        for column in _columns(rows, nested, width is not None)
+        if any(cell.plain for cell in column.cells)
+    ]
     table, hidden = fit(columns, width)
     remarks = RichTable.grid(padding=(0, 2, 0, 0))
     remarks.add_column(no_wrap=True)
@@ -39,7 +43,7 @@ def layers_grid(
     return (Group(table, Text(""), remarks) if remarks.row_count else table), hidden
 
 
-def _columns(rows: Sequence[Row], nested: bool) -> list[GridColumn]:
+def _columns(rows: Sequence[Row], nested: bool, brief: bool) -> list[GridColumn]:
     longest = max((len(row.sigma) for row in rows), default=0)
     curve = f"σ₁…σ{''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(longest))}" if longest > 1 else ""
 
@@ -50,14 +54,14 @@ def _columns(rows: Sequence[Row], nested: bool) -> list[GridColumn]:
     # Numbers never lose their interval: σ₁ and its bounds are the two columns that always stay.
     return [
         GridColumn("layer", cells(lambda row: _name(row, nested)), shrink=True),
-        GridColumn("kind", cells(lambda row: visible(row.kind)), drop=10),
+        GridColumn("kind", cells(lambda row: _kind(row, brief)), drop=10),
         GridColumn("weight", cells(_weight), drop=6),
         GridColumn("input", cells(lambda row: shape_cell(row, row.input_shape) or ""), drop=9),
         GridColumn("σ₁", cells(_sigma), "right"),
         GridColumn("bounds", cells(lambda row: interval(row.lower, row.upper) if row.sigma else "")),
         GridColumn("proof", cells(lambda row: Text(row.upper_kind if row.sigma else "", "dim")), drop=8),
-        GridColumn(curve, cells(lambda row: sparkline(row.sigma) if longest > 1 else ""), drop=7),
-        GridColumn("equal", cells(_multiplicity), "right", drop=5),
+        GridColumn(curve, cells(lambda row: sparkline(row.sigma) if len(row.sigma) > 1 else ""), drop=7),
+        GridColumn("copies", cells(_multiplicity), "right", drop=5),
         GridColumn("stable rank", cells(lambda row: _short(row.stable_rank)), "right", drop=4),
         GridColumn("method", cells(lambda row: row.method or ""), drop=3),
         GridColumn(
@@ -88,6 +92,11 @@ def _composed_name(key: str) -> str:
     return " + ".join([first, *short])
 
 
+def _kind(row: Row, brief: bool) -> str:
+    first, *others = visible(row.kind).split("+")
+    return f"{first}+{len(others)} more" if brief and len(others) > 1 else visible(row.kind)
+
+
 def _weight(row: Row) -> str:
     return "" if row.level == "composed" else ";".join(shape_text(shape) for shape in weight_shapes(row))
 
@@ -100,7 +109,7 @@ def _sigma(row: Row) -> Text:
 
 
 def _multiplicity(row: Row) -> str:
-    if row.multiplicity is None:
+    if row.multiplicity is None or row.multiplicity < 2:
         return ""
     return f"{'' if row.multiplicity_exact else '≥'}{row.multiplicity}"
 

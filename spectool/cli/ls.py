@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectool.cli import options as opt
 from spectool.cli.messages import say
 from spectool.cli.numbers import readable_bytes
-from spectool.cli.output import choose_target, deliver
+from spectool.cli.output import TABLE, choose_target, deliver
 from spectool.cli.parsing import check_source
-from spectool.report.layout import WriteOptions, check_columns
+from spectool.report.layout import Layout, WriteOptions, check_columns
 from spectool.report.listing import LISTING_COLUMNS, listing_layout, tensor_bytes
 from spectool.report.table import split_columns
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from spectool.checkpoint.types import Checkpoint
 
 EXAMPLES = """
 spectool ls net.pt
@@ -38,27 +43,37 @@ def ls(
 ) -> int:
     """List the tensors of a checkpoint, from its headers alone."""
     from spectool import __version__
-    from spectool.api.listing import ls as read
+
+    # The call that `spectool.ls` is; `spectool.api` would import torch.
+    from spectool.checkpoint import open_checkpoint
 
     target = choose_target(output, format, file, quiet=quiet)
     options = WriteOptions(split_columns(columns or ""), sort or "", guard=not no_guard)
     check_columns(LISTING_COLUMNS, options, target.format)
     check_source(file)
-    checkpoint = read(file, key=key)
+    checkpoint = open_checkpoint(file, key=key)
     layout = listing_layout(checkpoint, __version__, options)
 
-    def draw(width: int | None):  # type: ignore[no-untyped-def]
-        from spectool.cli.cells import cells_grid
-
-        return cells_grid(layout.table, width)
-
-    deliver(layout, target, options, draw)
+    deliver(layout, target, options, lambda width: _draw(layout, width))
     if not quiet:
-        refs = checkpoint.tensors.values()
-        size = sum(tensor_bytes(ref) for ref in refs if ref.name not in checkpoint.aliases)
         for note in checkpoint.notes:
             say(note, label="note")
-        say(
-            f"{len(refs)} tensors, {sum(ref.numel for ref in refs)} values, {readable_bytes(size)}, {checkpoint.format}"
-        )
+        if target.format == TABLE and target.path is None:
+            say(f"singular values: spectool inspect {file}", label="hint")
+        say(summary(checkpoint))
     return 0
+
+
+def summary(checkpoint: Checkpoint) -> str:
+    """Return how much a checkpoint holds; tied tensors count once."""
+    own = [ref for ref in checkpoint.tensors.values() if ref.name not in checkpoint.aliases]
+    count = len(checkpoint.tensors)
+    tensors = "1 tensor" if count == 1 else f"{count} tensors"
+    values = sum(ref.numel for ref in own)
+    return f"{tensors}, {values} values, {readable_bytes(sum(map(tensor_bytes, own)))}, {checkpoint.format}"
+
+
+def _draw(layout: Layout, width: int | None) -> tuple[RenderableType, list[str]]:
+    from spectool.cli.cells import cells_grid
+
+    return cells_grid(layout.table, width)

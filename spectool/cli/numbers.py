@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 
 DIGITS = 5
+_SLACK = 1e-12
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -29,15 +30,29 @@ def significant(value: float, rounding: str = ROUND_HALF_EVEN) -> str:
     return f"{rounded:.{DIGITS - 1}e}".replace("e+", "e")
 
 
+def rounded_down(value: float) -> str:
+    """Return the largest five-digit number that is no larger.
+
+    A value within 1e-12 of a five-digit number is that number: the last bits of a float, which no five digits can
+    show, would otherwise widen an exact 3.5 to [3.4999, 3.5001].
+    """
+    return significant(value * (1 + _SLACK), ROUND_FLOOR)
+
+
+def rounded_up(value: float) -> str:
+    """Return the smallest five-digit number that is no smaller, up to 1e-12 as for ``rounded_down``."""
+    return significant(value * (1 - _SLACK), ROUND_CEILING)
+
+
 def interval(lower: float | None, upper: float | None) -> str:
-    """Return an interval whose printed ends still enclose what the real ones do; ``∞`` where nothing is proven.
+    """Return an interval with its ends rounded outward; ``∞`` where nothing is proven.
 
     Example:
-        >>> interval(2.04126, 2.04131), interval(2.04126, None)
-        ('[2.0412, 2.0414]', '[2.0412, ∞)')
+        >>> interval(2.04126, 2.04131), interval(2.04126, None), interval(3.4999999999999996, 3.5)
+        ('[2.0412, 2.0414]', '[2.0412, ∞)', '[3.5000, 3.5000]')
     """
-    low = "0" if lower is None else significant(lower, ROUND_FLOOR)
-    return f"[{low}, ∞)" if upper is None else f"[{low}, {significant(upper, ROUND_CEILING)}]"
+    low = "0" if lower is None else rounded_down(lower)
+    return f"[{low}, ∞)" if upper is None else f"[{low}, {rounded_up(upper)}]"
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:

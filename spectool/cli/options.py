@@ -54,7 +54,13 @@ def option(panel: str, *flags: str, help: str, metavar: str | None = None, **mor
     """Return an option that can also be set by SPECTOOL_<LONG NAME>."""
     longest = max(flags, key=len).lstrip("-").replace("-", "_").upper()
     return typer.Option(
-        *flags, help=help, metavar=metavar, rich_help_panel=panel, envvar=f"SPECTOOL_{longest}", **more
+        *flags,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        show_envvar=False,
+        envvar=f"SPECTOOL_{longest}",
+        **more,
     )
 
 
@@ -99,6 +105,21 @@ Device = Annotated[
 Dtype = Annotated[
     DtypeName | None,
     option(COMPUTE, "--dtype", metavar="NAME", help="Arithmetic type, float32 (default) or float64."),
+]
+Arch = Annotated[
+    str | None,
+    option(
+        COMPUTE,
+        "--arch",
+        metavar="NAME",
+        help="Program of a file that has none: torchvision:resnet18, timm:NAME or package.module:factory.",
+    ),
+]
+ArchArgs = Annotated[
+    str | None,
+    option(
+        COMPUTE, "--arch-args", metavar="JSON", help='Arguments of its factory, e.g. {"num_classes": 10}.'
+    ),
 ]
 Hash = Annotated[bool, option(COMPUTE, "--hash", help="Put the file's SHA-256 into the result.")]
 

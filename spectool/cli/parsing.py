@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spectool.errors import CheckpointError, UsageError
 
@@ -73,6 +75,25 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 def split_list(texts: Sequence[str]) -> tuple[str, ...]:
     """Return the words of repeated options that also take commas."""
     return tuple(word.strip() for text in texts for word in text.split(",") if word.strip())
+
+
+def parse_arguments(text: str | None) -> dict[str, Any] | None:
+    """Return the arguments of ``--arch-args``.
+
+    Raises:
+        UsageError: If it is no JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--arch-args is no JSON ({error})", hint="write e.g. '{\"num_classes\": 10}'"
+        ) from error
+    if not isinstance(arguments, dict):
+        raise UsageError("--arch-args is no JSON object", hint="write e.g. '{\"num_classes\": 10}'")
+    return arguments
 
 
 def check_numbers(k: int, tol: float, max_matvecs: int | None) -> None:

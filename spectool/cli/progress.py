@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar once work takes more than a second, a plain line now and then where there is no terminal."""
+"""Progress on stderr: a bar once work takes more than a second; off a terminal a plain line now and then."""
 
 from __future__ import annotations
 

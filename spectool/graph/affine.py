@@ -95,13 +95,9 @@ def _reads_shape_only(node: Node, rules: Mapping[str, Rule]) -> bool:
     return rule is not None and rule.how == "shape"
 
 
-def _common_root(
-    graph: Graph, node: Node, root: Mapping[str, str], rules: Mapping[str, Rule]
-) -> str | None:
+def _common_root(graph: Graph, node: Node, root: Mapping[str, str], rules: Mapping[str, Rule]) -> str | None:
     """Return the root that the node's outputs are affine in, or None if they are new roots."""
-    flowing = [
-        position for position, name in enumerate(node.inputs) if name and name not in graph.constants
-    ]
+    flowing = [position for position, name in enumerate(node.inputs) if name and name not in graph.constants]
     if not flowing or not all(is_floating(graph, node.inputs[position]) for position in flowing):
         return None
     roots = {root[node.inputs[position]] for position in flowing}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,18 @@ from spectool.graph.aten_rules import ATEN_RULES, RANDOM, packet
 from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Graph, Linear, Node, Opaque, Shape
 from spectool.linear.geometry import ConvGeometry
 
-_CONVOLUTIONS = frozenset({"aten.convolution", "aten._convolution", "aten.convolution_overrideable"})
+_CONVOLUTIONS = frozenset(
+    {
+        "aten.convolution",
+        "aten._convolution",
+        "aten.conv1d",
+        "aten.conv2d",
+        "aten.conv3d",
+        "aten.conv_transpose1d",
+        "aten.conv_transpose2d",
+        "aten.conv_transpose3d",
+    }
+)
 _BATCH_NORMS = frozenset(
     {
         "aten.native_batch_norm",
@@ -34,6 +45,10 @@ _NORMS = {
     "aten._fused_rms_norm": "rmsnorm",
     "aten.rms_norm": "rmsnorm",
 }
+
+
+TABLE = "table"
+"""Reason of the mark that a table looked up at fixed places leaves in the graph."""
 
 
 @dataclass
@@ -89,6 +104,7 @@ def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph
     nodes: list[Node] = []
     for node in graph.nodes:
         if _is_constant(node, known):
+            nodes.extend(_table(node, known))
             sources = tuple(dict.fromkeys(o for name in node.inputs for o in origins.get(name, ())))
             for position, output in enumerate(node.outputs):
                 if output:
@@ -98,6 +114,14 @@ def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph
             continue
         nodes.append(_record(node, known))
     return replace(graph, nodes=tuple(nodes), constants=known, origins=origins), constants
+
+
+def _table(node: Node, known: Mapping[str, Shape]) -> list[Node]:
+    """Return a mark for a table that is looked up at fixed places only (positions): still a stored operator."""
+    if not isinstance(node.op, Call) or packet(node.op.name) != "aten.embedding":
+        return []
+    weight = _bind(node, node.op)["weight"]
+    return [Node(node.name, Opaque(node.op.name, TABLE), (weight,), ())]
 
 
 def _is_constant(node: Node, known: Mapping[str, Shape]) -> bool:
@@ -167,18 +191,33 @@ def _convolution(node: Node, op: Call, known: Mapping[str, Shape]) -> Node:
     dims = len(known[weight]) - 2
 
     def per_axis(value: Any) -> tuple[int, ...]:
-        sizes = tuple(int(n) for n in value)
+        sizes = (int(value),) if isinstance(value, int) else tuple(int(n) for n in value)
         return sizes * dims if len(sizes) == 1 else sizes
 
+    transposed = bool(bound.get("transposed", "transpose" in op.name))
+    dilation = per_axis(bound["dilation"])
     geometry = ConvGeometry(
         stride=per_axis(bound["stride"]),
-        padding=tuple((p, p) for p in per_axis(bound["padding"])),
-        dilation=per_axis(bound["dilation"]),
+        padding=_padding(bound["padding"], known[weight][2:], dilation, per_axis),
+        dilation=dilation,
         groups=int(bound["groups"]),
-        transposed=bool(bound["transposed"]),
-        output_padding=per_axis(bound["output_padding"]) if bound["transposed"] else (0,) * dims,
+        transposed=transposed,
+        output_padding=per_axis(bound["output_padding"]) if transposed else (0,) * dims,
     )
     return replace(node, op=Conv(geometry), inputs=(x, weight, bias) if bias else (x, weight))
+
+
+def _padding(
+    value: Any, kernel: Shape, dilation: Shape, per_axis: Callable[[Any], Shape]
+) -> tuple[tuple[int, int], ...]:
+    """Return (leading, trailing) padding per axis, from numbers or from ``same`` and ``valid``."""
+    if value == "valid":
+        return ((0, 0),) * len(kernel)
+    if value == "same":
+        # torch puts the odd one behind.
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((p, p) for p in per_axis(value))
 
 
 def _batch_norm(node: Node, op: Call, known: Mapping[str, Shape]) -> Node:

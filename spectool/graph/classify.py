@@ -112,7 +112,10 @@ def _batchnorm(
     found = batchnorm_names(weights, group)
     if found is None or group[leaf] not in found.values():
         return None
-    return [name for name in found.values() if name], [region([batchnorm_step(weights, **found)])]
+    step = batchnorm_step(
+        weights, gamma=found["gamma"], beta=found["beta"], mean=found["mean"], var=found["var"]
+    )
+    return [name for name in found.values() if name], [region([step])]
 
 
 def _recurrent(
@@ -159,7 +162,7 @@ def _single(
     weights: Weights, name: str, group: Mapping[str, str], layout: Mapping[str, Orientation], rows: Rows
 ) -> None:
     """Add the rows of one tensor, or its note, or nothing if it is no candidate for an operator."""
-    owner, _, leaf = name.rpartition(".")
+    leaf = name.rpartition(".")[2]
     shape, dtype = weights.shape(name), weights.dtype(name)
     rank = len(shape)
     if is_complex(dtype) and rank >= 2:
@@ -172,12 +175,13 @@ def _single(
             rows.placed.append((name, item))
     elif not prod(shape):
         rows.placed.append((name, skip(weights, name, "linear", "has no elements")))
+    elif not _is_weight(leaf) and _TABLE.search(leaf):
+        reason = "a table that is added or read, no operator"
+        rows.placed.append((name, nonlinear(weights, name, "embedding", reason)))
     elif _BIAS.search(leaf):
         rows.notes.append(f"{name}: a bias, no operator")
-    elif _MASK.search(leaf) and not _TABLE.search(leaf):
+    elif _MASK.search(leaf):
         rows.notes.append(f"{name}: a mask, no operator")
-    elif not _is_weight(leaf) and _TABLE.search(leaf):
-        rows.placed.append((name, nonlinear(weights, name, "embedding", "a table that is added or read, no operator")))
     elif leaf in _GAINS and any(shift in group and weights.shape(group[shift]) == shape for shift in _SHIFTS):
         reason = "a norm over several axes: divides by statistics of its input"
         rows.placed.append((name, nonlinear(weights, name, "layernorm", reason)))
@@ -186,7 +190,9 @@ def _single(
     elif rank == 3 and _EXPERTS.search(name):
         for index in range(shape[0]):
             part = weights.part(name, index)
-            rows.placed.append((name, region([linear_step(weights, part, note="one matrix of a stack of experts")])))
+            rows.placed.append(
+                (name, region([linear_step(weights, part, note="one matrix of a stack of experts")]))
+            )
     else:
         rows.placed.append((name, _kernel(weights, name, group)))
 

@@ -116,8 +116,8 @@ class Weights:
 
             return torch.tensor(self._literals[name])
         if name in self._derived:
-            return self._derived[name].build(self._stored)
-        return self._stored(name)
+            return self._derived[name].build(self._checkpoint.read)
+        return self._checkpoint.read(name)
 
     def _cut(self, part: Part) -> Tensor:
         derived = self._derived.get(part.parent)
@@ -134,10 +134,6 @@ class Weights:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[name] = self(name)
         return self._kept[name]
-
-    def _stored(self, name: str) -> Tensor:
-        tensor = self._checkpoint.read(name)
-        return tensor.dequantize() if tensor.is_quantized else tensor
 
     def shape(self, name: str) -> Shape:
         """Return the shape of a stored weight, a derived one, or a part."""
@@ -181,10 +177,10 @@ class Weights:
             axis: Axis that is cut: 0 or 1.
 
         Returns:
-            ``parent[start:stop]``, ``parent[:, start:stop]`` or ``parent[start]``.
+            ``parent[start:stop]``, ``parent[:,start:stop]`` or ``parent[start]``.
         """
         index = str(start) if stop is None else f"{start}:{stop}"
-        name = f"{parent}[{', '.join([':'] * axis + [index])}]"
+        name = f"{parent}[{','.join([':'] * axis + [index])}]"
         self._parts[name] = Part(name, parent, axis, start, start + 1 if stop is None else stop, stop is None)
         return name
 
@@ -206,8 +202,9 @@ class Weights:
         def invert(wanted: Tensor, read: Read) -> dict[str, Tensor]:
             return {name: wanted.permute(back).contiguous()}
 
-        shape = tuple(stored[axis] for axis in order)
-        self.add(Effective(name, shape, (name,), build, "axes moved to (out, in, …)", invert=invert))
+        if name not in self._derived:
+            shape = tuple(stored[axis] for axis in order)
+            self.add(Effective(name, shape, (name,), build, "axes moved to (out, in, …)", invert=invert))
 
     def literal(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
         """Make a small constant vector (int64 or float32) readable under ``name`` and return the name."""
@@ -248,13 +245,13 @@ class Weights:
                     f"{name} cannot be written back: {derived.how}", hint="merge it into plain weights first"
                 )
             else:
-                result.update(derived.invert(value, self._stored))
+                result.update(derived.invert(value, self._checkpoint.read))
         return result
 
 
 def is_floating(dtype: str) -> bool:
-    """Return whether a short type name is one of real numbers (quantised ones are, once read)."""
-    return dtype.startswith(("float", "bfloat", "half", "double", "q"))
+    """Return whether a short type name is one of real numbers, one to an element."""
+    return dtype.startswith(("float", "bfloat")) and not dtype.startswith("float4")
 
 
 def is_complex(dtype: str) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # Hugging Face's Conv1D: a Linear stored (in, out)
 _SHIFTS = ("bias", "beta")
+_LARGEST_WINDOW = 15
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,19 @@ def orientation(weights: Weights, groups: Mapping[str, Mapping[str, str]]) -> di
                 continue
             transposed = out == shape[1] if out in shape else leaf.endswith("kernel")
             if transposed:
-                words = "stored (in, out), as in Hugging Face's Conv1D" if module in _CONV1D else "stored (in, out)"
+                words = (
+                    "stored (in, out), as in Hugging Face's Conv1D"
+                    if module in _CONV1D
+                    else "stored (in, out)"
+                )
                 found[name] = Orientation(True, words)
             if module in _CONV1D and out in shape:
                 votes[transposed] += 1
     if votes[True] or not votes[False]:
         for name in square:
-            found[name] = Orientation(True, "taken as stored (in, out), as in Hugging Face's Conv1D; it is square")
+            found[name] = Orientation(
+                True, "taken as stored (in, out), as in Hugging Face's Conv1D; it is square"
+            )
     return found
 
 
@@ -77,4 +84,7 @@ def kernel_layout(shape: Shape, outputs: int | None) -> bool | None:
         leading, trailing = set(shape[:-2]), set(shape[2:])
         if (len(leading) == 1) != (len(trailing) == 1):
             return len(leading) == 1
+        window = min(first, last)
+        if len(leading) == 1 and first != last and window <= _LARGEST_WINDOW:
+            return first == window
     return None

@@ -312,7 +312,7 @@ def _keeps_last_axis(context: Context, node: Node) -> bool:
     import numpy as np
 
     before, after = context.shape(node.inputs[0]), context.shape(node.outputs[0])
-    if not before or not after or before[-1] != after[-1]:
+    if not before or not after or before[-1] is None or before[-1] != after[-1]:
         return False
     indices = follow(context, [node], node.inputs[0], node.outputs[0])
     return indices is not None and bool(np.all(indices % before[-1] == np.arange(before[-1])))

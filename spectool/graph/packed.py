@@ -258,11 +258,9 @@ def _unpack(words: Tensor, bits: int, *, axis: int) -> Tensor:
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    wide = words.to(torch.int32)
-    if axis == 0:
-        fields = (wide.unsqueeze(1) >> shifts[None, :, None]) & (2**bits - 1)
-        return fields.reshape(-1, words.shape[1])
-    return ((wide.unsqueeze(2) >> shifts) & (2**bits - 1)).reshape(words.shape[0], -1)
+    wide = words.to(torch.int32).unsqueeze(axis + 1)
+    fields: Tensor = (wide >> (shifts[:, None] if axis == 0 else shifts)) & (2**bits - 1)
+    return fields.flatten(axis, axis + 1)
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spectool.graph import packed
 from spectool.graph.effective import Effective, Found, Read, is_floating
@@ -46,8 +46,10 @@ def find_quantised(checkpoint: Checkpoint, free: Collection[str]) -> Iterator[Fo
         free: Names that no other finder has taken.
     """
     groups: dict[str, dict[str, str]] = {}
-    for name in checkpoint.tensors:
-        if name in free:
+    for name, ref in checkpoint.tensors.items():
+        if name in free and ref.dtype.startswith("q") and len(ref.shape) > 1:
+            yield _torch_quantised(checkpoint, ref)
+        elif name in free:
             owner, _, leaf = name.rpartition(".")
             groups.setdefault(owner, {})[leaf] = name
     for owner, leaves in groups.items():
@@ -105,6 +107,30 @@ def _unread(checkpoint: Checkpoint, prefix: str, leaves: Mapping[str, str], sche
     shapes = tuple(checkpoint.tensors[name].shape for name in members)
     reason = f"quantised weights are not read from {scheme}"
     return Found(members, item=Skipped(leaves[leaf], "linear", members, shapes, reason))
+
+
+def _torch_quantised(checkpoint: Checkpoint, ref: TensorRef) -> Found:
+    """W = (q − zero_point)·scale of a quantised torch tensor, for the whole or per index of one axis."""
+    facts = checkpoint.metadata.get("quantization", {}).get(ref.name, {})
+    axis = facts.get("axis")
+    if not {"scale", "zero_point"} <= set(facts) or ref.dtype.startswith("quint4") or ref.dtype == "quint2x4":
+        return _unread(checkpoint, "", {"weight": ref.name}, f"{ref.dtype} without a scale", "weight")
+
+    def build(read: Read) -> Tensor:
+        import torch
+
+        def values(fact: Any) -> Tensor:
+            reader = checkpoint.reader
+            tensor = (
+                torch.as_tensor(fact) if isinstance(fact, (int, float)) or reader is None else reader(fact)
+            )
+            per_axis = tensor.numel() > 1 and axis is not None
+            shape = [-1 if per_axis and at == axis else 1 for at in range(len(ref.shape))]
+            return tensor.double().reshape(shape)
+
+        return ((read(ref.name).double() - values(facts["zero_point"])) * values(facts["scale"])).float()
+
+    return Found((ref.name,), weight=Effective(ref.name, ref.shape, (ref.name,), build, f"torch {ref.dtype}"))
 
 
 def _rowwise_int8(checkpoint: Checkpoint, prefix: str, leaves: Mapping[str, str]) -> Found:

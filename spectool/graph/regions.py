@@ -75,6 +75,8 @@ def _lone(context: Context, node: Node) -> Region:
     parameters = context.parameters(node)
     weights, shapes = context.stored(parameters)
     root, exit = context.flowing(node)[0], node.outputs[0]
+    in_shape: tuple[int, ...] | None
+    out_shape: tuple[int, ...] | None
     batched = True
     if isinstance(node.op, Embedding):
         rows, columns = context.constant_shape(node.inputs[1])
@@ -147,7 +149,9 @@ def _maximal(
         indices = region_nodes(context.graph, context.flow, root, exit)
         budget -= len(indices)
         if budget < 0:
-            return rows, [f"{len(exits) - position} of {len(exits)} affine regions left out: they overlap too much"]
+            return rows, [
+                f"{len(exits) - position} of {len(exits)} affine regions left out: they overlap too much"
+            ]
         nodes = [context.graph.nodes[index] for index in indices]
         roles = [context.role(node) for node in nodes]
         content = [index for index, role in zip(indices, roles, strict=True) if role not in FREE]
@@ -155,6 +159,8 @@ def _maximal(
         if not content or signature in seen:
             continue
         seen.add(signature)
+        if roles.count(OPERATOR) == 0 and BATCHNORM not in roles and _single_number(context, root):
+            continue
         stored = [index for index in content if index in layers]
         if not stored and all(role in (*FREE, "select") for role in roles) and not repeats(context, nodes):
             continue
@@ -174,6 +180,12 @@ def _maximal(
         composed = found.level == "composed" if isinstance(found, Region) else bool(stored)
         rows.append(_Placed(max(stored or content), composed, len(indices), found))
     return rows, []
+
+
+def _single_number(context: Context, name: str) -> bool:
+    """Return whether a value is one number, such as a scale: arithmetic on it is no part of the network's maps."""
+    shape = context.shape(name)
+    return shape is not None and all(size == 1 for size in shape)
 
 
 def _as_maximal(item: Region | Skipped) -> Region | Skipped:

@@ -35,6 +35,7 @@ class Step:
     Attributes:
         ops: What it does: operator records with the constants they read besides the flowing value.
         key: Checkpoint key of its matrix weight; empty for one without parameters.
+        label: Key of its row if it is alone and has no parameters.
         kind: Word of the vocabulary; empty for a purely structural step.
         weights: Stored tensors of its linear part.
         weight_shapes: Their shapes.
@@ -47,6 +48,7 @@ class Step:
 
     ops: tuple[tuple[Op, tuple[str, ...]], ...]
     key: str = ""
+    label: str = ""
     kind: str = ""
     weights: tuple[str, ...] = ()
     weight_shapes: tuple[Shape, ...] = ()
@@ -150,8 +152,9 @@ def region(
         nodes.append(Node(key or target, op, (value, *constants), (target,)))
         value = target
     rows = [step for step in steps if step.kind]
+    keys = [step.key for step in rows if step.key] or [step.label for step in rows]
     return Region(
-        key=" + ".join(step.key for step in rows if step.key),
+        key=" + ".join(keys),
         level=level,
         kind="+".join(step.kind for step in rows),
         root=_ROOT,

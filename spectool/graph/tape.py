@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectool.errors import GraphError
 from spectool.graph.aten import Slot
+from spectool.graph.boundaries import wall_kind
 from spectool.graph.types import Call, Graph, Node, Opaque, Value
 
 Tensor = torch.Tensor
@@ -267,19 +268,13 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def is_norm(module: torch.nn.Module) -> bool:
-    """Return whether a module normalises by statistics of its own input (layer norm and its kin)."""
-    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-        return False
-    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
-        return not module.track_running_stats
-    name = type(module).__name__
-    return ("Norm" in name or name in ("T5LayerNorm", "GRN")) and not any(True for _ in module.children())
-
-
-def is_recurrent(module: torch.nn.Module) -> bool:
-    """Return whether a module is a recurrent layer or cell of torch's own."""
-    return isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase))
+def wall_of(module: torch.nn.Module) -> str | None:
+    """Return the kind of boundary a module is (a norm by its own statistics, a recurrent layer), None if none."""
+    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        return None
+    if any(True for _ in module.children()):
+        return None
+    return wall_kind(type(module).__name__)
 
 
 @contextlib.contextmanager
@@ -307,7 +302,7 @@ def _scopes(module: torch.nn.Module, writer: _Writer) -> Iterator[None]:
         for name, child in module.named_modules():
             if isinstance(child, torch.jit.ScriptModule):
                 continue
-            wall = is_norm(child) or is_recurrent(child)
+            wall = wall_of(child) is not None
             handles.append(child.register_forward_pre_hook(enter(name, wall)))
             handles.append(child.register_forward_hook(leave(wall), always_call=True))
         yield

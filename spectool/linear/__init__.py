@@ -3,6 +3,7 @@
 from spectool.linear.compose import Adjoint, Composed, Recast, Reshaped, Scaled, adjoint
 from spectool.linear.conv import ConvMap
 from spectool.linear.diagonal import DiagonalMap
+from spectool.linear.fold import fold
 from spectool.linear.function import FunctionMap
 from spectool.linear.geometry import ConvGeometry
 from spectool.linear.infinite import InfiniteConv
@@ -39,6 +40,7 @@ __all__ = [
     "all_finite",
     "dot_test",
     "exact_arithmetic",
+    "fold",
     "frobenius",
     "normal_matvec",
     "padding_matrix",

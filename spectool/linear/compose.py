@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -37,15 +38,11 @@ class Adjoint:
 
     def normal_matvec(self, x: torch.Tensor) -> torch.Tensor:
         """Apply A Aᵀ, in one pass where A can."""
-        fused = getattr(self.inner, "conormal_matvec", None)
-        result: torch.Tensor = fused(x) if fused else self.inner.matvec(self.inner.rmatvec(x))
-        return result
+        return _conormal(self.inner, x)
 
     def conormal_matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Apply Aᵀ A, in one pass where A can."""
-        fused = getattr(self.inner, "normal_matvec", None)
-        result: torch.Tensor = fused(y) if fused else self.inner.rmatvec(self.inner.matvec(y))
-        return result
+        return _normal(self.inner, y)
 
 
 def adjoint(A: LinearMap) -> LinearMap:
@@ -70,11 +67,14 @@ class Scaled:
         factor: A finite number.
     """
 
+    inner: LinearMap
+    factor: float
+
     def __init__(self, inner: LinearMap, factor: float) -> None:
         if not math.isfinite(factor):
             raise OperatorError(f"a map cannot be scaled by {factor}")
         if isinstance(inner, Scaled):
-            inner, factor = inner.inner, inner.factor * factor
+            factor, inner = inner.factor * factor, inner.inner
         self.inner, self.factor = inner, float(factor)
         self.in_shape, self.out_shape = inner.in_shape, inner.out_shape
         self.dtype, self.device = inner.dtype, inner.device
@@ -93,13 +93,11 @@ class Scaled:
 
     def normal_matvec(self, x: torch.Tensor) -> torch.Tensor:
         """Apply factor²·AᵀA."""
-        from spectool.linear.operations import normal_matvec
-
-        return normal_matvec(self.inner, x * self.factor) * self.factor
+        return _normal(self.inner, x * self.factor) * self.factor
 
     def conormal_matvec(self, y: torch.Tensor) -> torch.Tensor:
         """Apply factor²·AAᵀ."""
-        return Adjoint(self.inner).normal_matvec(y * self.factor) * self.factor
+        return _conormal(self.inner, y * self.factor) * self.factor
 
 
 class Composed:
@@ -111,6 +109,8 @@ class Composed:
     Raises:
         OperatorError: If shapes, types or devices of neighbours differ.
     """
+
+    maps: tuple[LinearMap, ...]
 
     def __init__(self, *maps: LinearMap) -> None:
         if not maps:
@@ -219,3 +219,15 @@ class Recast:
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Recast:
         """Return the map with vectors in ``dtype``; A follows as far as it can."""
         return Recast(self.inner.to(dtype=dtype, device=device), dtype or self.dtype)
+
+
+def _normal(A: LinearMap, x: torch.Tensor) -> torch.Tensor:
+    fused: Any = getattr(A, "normal_matvec", None)
+    result: torch.Tensor = fused(x) if fused else A.rmatvec(A.matvec(x))
+    return result
+
+
+def _conormal(A: LinearMap, y: torch.Tensor) -> torch.Tensor:
+    fused: Any = getattr(A, "conormal_matvec", None)
+    result: torch.Tensor = fused(y) if fused else A.matvec(A.rmatvec(y))
+    return result

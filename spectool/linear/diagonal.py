@@ -7,7 +7,7 @@ import math
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear.scaling import power_of_two, scaled_weight
+from spectool.linear.scaling import all_finite, frobenius, power_of_two, scaled_weight
 
 
 class DiagonalMap:
@@ -42,16 +42,19 @@ class DiagonalMap:
         self.in_shape = self.out_shape = shape
         self.dtype, self.device = dtype, torch.device(device)
         self.scale, self.axis = scale, axis
+        self.per_channel = False  # whether there is one factor per index of axis 0
         if tuple(scale.shape) == shape and len(shape) != 1:
             view = shape
         elif scale.ndim == 1 and -len(shape) <= axis < len(shape) and scale.shape[0] == shape[axis]:
             self.axis = axis % len(shape)
+            self.per_channel = self.axis == 0
             view = tuple(n if i == self.axis else 1 for i, n in enumerate(shape))
         else:
             raise OperatorError(
                 f"a scale of shape {tuple(scale.shape)} fits neither axis {axis} of {shape} nor the shape",
                 hint="give one factor per channel, or one per entry",
             )
+        self._view = view
         self._factor = scale.to(device=self.device, dtype=dtype).reshape(view)
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,6 +62,10 @@ class DiagonalMap:
         return x * self._factor
 
     rmatvec = matvec
+
+    def full_scale(self) -> torch.Tensor:
+        """Return the scale in its stored type, in a shape that broadcasts against ``in_shape``."""
+        return self.scale.reshape(self._view)
 
     def to(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -71,11 +78,11 @@ class DiagonalMap:
     def frobenius(self) -> float:
         """Return ‖A‖_F: every factor counts once per entry it multiplies."""
         repeats = math.prod(self.in_shape) / max(self.scale.numel(), 1)
-        return float(torch.linalg.vector_norm(self.scale.detach().double())) * math.sqrt(repeats)
+        return frobenius(self.scale) * math.sqrt(repeats)
 
     def all_finite(self) -> bool:
         """Return whether no factor is NaN or infinite."""
-        return bool(torch.isfinite(self.scale).all())
+        return all_finite(self.scale)
 
     def prescale(self) -> tuple[DiagonalMap, float]:
         """Return (map with factors of magnitude ~1, power of two that was taken out)."""

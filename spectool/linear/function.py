@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -12,18 +13,21 @@ from spectool.errors import OperatorError
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Push = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 
 _KEPT = 4  # batch sizes whose recordings are kept; a solver uses two or three
-# Entries in and out from which tracing (1.7 s to import, then 0.04–0.2 s per batch size) is repaid by cheaper
-# applications. A size and not a measured time: equal runs must take equal paths.
-_WORTH_TRACING = 1 << 15
+# Tracing a cheaper forward pass takes 2 s of imports once, then 0.04–0.2 s per batch size: worth it for the many
+# applications of a solver to a map of this many entries in and out. Counts and not measured times decide, because
+# equal runs must take equal paths.
+_TRACED_ENTRIES = 1 << 15
+_TRACED_AFTER = 8
 
 
 class FunctionMap:
     """The linear part of any affine callable; a bias of any size leaves no trace in it.
 
-    Forward by ``torch.func.linearize`` where that repays its tracing, else (and where an operation has no
-    forward derivative) by a second reverse pass; adjoint by one reverse pass. Recordings are made once per
+    Adjoint by one reverse pass, forward by a second reverse pass through the first; after some applications of
+    a large map by ``torch.func.linearize``, which is cheaper but has to be traced. Recordings are made once per
     batch size, so the function itself is not run again. All are exact for affine functions, unlike
     f(x) − f(0), which loses its digits to a large bias.
 
@@ -63,7 +67,7 @@ class FunctionMap:
         self.dtype, self.device = dtype, torch.device(device)
         self.in_shape = tuple(int(n) for n in in_shape)
         self._frozen = _freeze(function)
-        self._forward: dict[int, Push] = {}
+        self._forward: dict[int, tuple[Push, int]] = {}  # batch size → forward, times used
         self._backward: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.no_grad():
             try:
@@ -76,13 +80,17 @@ class FunctionMap:
             got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
             raise OperatorError(f"the function does not keep the batch axis: two inputs gave {got}")
         self.out_shape = tuple(int(n) for n in image.shape[1:])
+        self._entries = math.prod(self.in_shape) + math.prod(self.out_shape)
 
     def matvec(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the linear part to ``(b, *in_shape)``; the first call of a batch size records it."""
-        push = self._forward.get(x.shape[0])
+        b = x.shape[0]
+        push, uses = self._forward.get(b, (None, 0))
         if push is None:
-            push = self._record_forward(x.shape[0])
-            _keep(self._forward, x.shape[0], push)
+            push = self._reverse_twice(b)
+        elif uses == _TRACED_AFTER and b * self._entries >= _TRACED_ENTRIES:
+            push = self._traced(b) or push
+        _keep(self._forward, b, (push, uses + 1))
         return push(x).to(self.dtype)
 
     def rmatvec(self, y: torch.Tensor) -> torch.Tensor:
@@ -136,9 +144,8 @@ class FunctionMap:
             _keep(self._backward, b, found)
         return found
 
-    def _record_forward(self, b: int) -> Push:
-        if b * (math.prod(self.in_shape) + math.prod(self.out_shape)) < _WORTH_TRACING:
-            return self._reverse_twice(b)
+    def _traced(self, b: int) -> Push | None:
+        """Return the recorded forward derivative, or None if some operation has none."""
         # Tracing warns about its own internals (a deprecated torch.jit, .grad of non-leaves).
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -146,7 +153,7 @@ class FunctionMap:
                 push: Push = torch.func.linearize(self._frozen, self._zeros(b))[1]
                 push(self._zeros(b))
             except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
-                push = self._reverse_twice(b)
+                return None
         return push
 
     def _reverse_twice(self, b: int) -> Push:
@@ -169,12 +176,10 @@ def _pull(output: torch.Tensor, leaf: torch.Tensor, vector: torch.Tensor) -> tor
     return pulled
 
 
-def _keep(
-    table: dict[int, Push] | dict[int, tuple[torch.Tensor, torch.Tensor]], b: int, entry: object
-) -> None:
-    if len(table) >= _KEPT:
+def _keep(table: dict[int, T], b: int, entry: T) -> None:
+    if b not in table and len(table) >= _KEPT:
         del table[next(iter(table))]  # the oldest
-    table[b] = entry  # type: ignore[assignment]
+    table[b] = entry
 
 
 def _freeze(function: Function) -> Function:
@@ -184,4 +189,4 @@ def _freeze(function: Function) -> Function:
     module = function
     frozen = {name: tensor.detach() for name, tensor in module.named_parameters()}
     frozen.update({name: tensor.detach() for name, tensor in module.named_buffers()})
-    return lambda x: torch.func.functional_call(module, frozen, (x,))  # type: ignore[no-any-return]
+    return lambda x: torch.func.functional_call(module, frozen, (x,))

@@ -1,11 +1,37 @@
-"""Padding along one axis as index arithmetic: which pixel a padded position reads."""
+"""Padding as index arithmetic, and its adjoint: which pixel a padded position reads."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from spectool.errors import OperatorError
 from spectool.linear.geometry import PaddingMode
+
+Pads = tuple[tuple[int, int], ...]
+
+_TORCH_NAMES = {"zeros": "constant", "circular": "circular", "reflect": "reflect", "replicate": "replicate"}
+
+
+def check_padding(n: int, lead: int, trail: int, mode: PaddingMode) -> None:
+    """Check that an axis of ``n`` pixels can be padded by this much.
+
+    Raises:
+        OperatorError: If ``mode`` is unknown, does not allow that much, or would have to crop.
+    """
+    if mode not in _TORCH_NAMES:
+        raise OperatorError(f"unknown padding mode {mode!r}", hint=f"one of {', '.join(_TORCH_NAMES)}")
+    if mode == "zeros":
+        return
+    if min(lead, trail) < 0:
+        raise OperatorError(f"{mode} padding cannot be negative, got ({lead}, {trail})")
+    if mode != "replicate":
+        limit = n if mode == "circular" else n - 1
+        if max(lead, trail) > limit:
+            raise OperatorError(
+                f"{mode} padding of ({lead}, {trail}) on an axis of {n} pixels; it can be at most {limit}",
+                hint="give a larger input size",
+            )
 
 
 def source_index(n: int, lead: int, trail: int, mode: PaddingMode) -> torch.Tensor:
@@ -13,32 +39,27 @@ def source_index(n: int, lead: int, trail: int, mode: PaddingMode) -> torch.Tens
 
     Raises:
         OperatorError: If the mode does not allow that much padding.
+
+    Example:
+        >>> source_index(3, 1, 2, "reflect").tolist()
+        [1, 0, 1, 2, 1, 0]
     """
     check_padding(n, lead, trail, mode)
     position = torch.arange(-lead, n + trail)
     if mode == "circular":
         return position % n
     if mode == "reflect":
-        folded = position.abs()
-        return torch.where(folded >= n, 2 * (n - 1) - folded, folded)
+        return (n - 1) - ((n - 1) - position.abs()).abs()
     if mode == "replicate":
         return position.clamp(0, n - 1)
     return torch.where((position < 0) | (position >= n), -1, position)
 
 
-def check_padding(n: int, lead: int, trail: int, mode: PaddingMode) -> None:
-    """Raise OperatorError where ``mode`` cannot pad an axis of ``n`` pixels by this much."""
-    if mode == "zeros":
-        return
-    if min(lead, trail) < 0:
-        raise OperatorError(f"{mode} padding cannot be negative, got ({lead}, {trail})")
-    limit = {"circular": n, "reflect": n - 1}.get(mode)
-    if limit is not None and max(lead, trail) > limit:
-        raise OperatorError(f"{mode} padding of ({lead}, {trail}) needs more than the {n} pixels of its axis")
-
-
 def padding_matrix(n: int, lead: int, trail: int, mode: PaddingMode = "zeros") -> torch.Tensor:
-    """Return the 0/1 matrix ``(n + lead + trail, n)`` in float64 that pads one axis; negative padding crops.
+    """Return the 0/1 matrix ``(n + lead + trail, n)`` in float64 that pads one axis; negative zeros crop.
+
+    Raises:
+        OperatorError: If the mode does not allow that much padding.
 
     Example:
         >>> padding_matrix(2, 1, 0, "replicate").tolist()
@@ -48,19 +69,24 @@ def padding_matrix(n: int, lead: int, trail: int, mode: PaddingMode = "zeros") -
     return (index[:, None] == torch.arange(n)).double()
 
 
-_TORCH_NAMES = {"zeros": "constant", "circular": "circular", "reflect": "reflect", "replicate": "replicate"}
+def pad(x: torch.Tensor, pads: Pads, mode: PaddingMode) -> torch.Tensor:
+    """Pad the trailing axes of ``(b, C, *n)``, one (lead, trail) per axis; negative zeros crop."""
+    if not any(map(any, pads)):
+        return x
+    sizes = x.shape[x.ndim - len(pads) :]
+    if mode == "zeros" and any(
+        n + min(lead, 0) + min(trail, 0) <= 0 for n, (lead, trail) in zip(sizes, pads, strict=True)
+    ):
+        # Cropped away altogether and padded again; the library refuses this one.
+        new = [n + lead + trail for n, (lead, trail) in zip(sizes, pads, strict=True)]
+        return x.new_zeros((*x.shape[: x.ndim - len(pads)], *new))
+    return F.pad(x, [amount for pair in reversed(pads) for amount in pair], mode=_TORCH_NAMES[mode])
 
 
-def pad(x: torch.Tensor, pads: tuple[tuple[int, int], ...], mode: PaddingMode) -> torch.Tensor:
-    """Pad the trailing axes of ``(b, C, *n)``, one (lead, trail) per axis."""
-    flat = [amount for pair in reversed(pads) for amount in pair]
-    return torch.nn.functional.pad(x, flat, mode=_TORCH_NAMES[mode])
-
-
-def pad_adjoint(y: torch.Tensor, pads: tuple[tuple[int, int], ...], mode: PaddingMode) -> torch.Tensor:
+def pad_adjoint(y: torch.Tensor, pads: Pads, mode: PaddingMode) -> torch.Tensor:
     """Apply the adjoint of ``pad``: what was copied outwards is added back to its source."""
     if mode == "zeros":
-        return torch.nn.functional.pad(y, [-amount for pair in reversed(pads) for amount in pair])
+        return pad(y, tuple((-lead, -trail) for lead, trail in pads), "zeros")
     first = y.ndim - len(pads)
     for offset, (lead, trail) in enumerate(pads):
         if lead or trail:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,34 +14,59 @@ import torch
 def exact_arithmetic() -> Iterator[None]:
     """Turn off every reduced-precision shortcut for float32, and restore what was set.
 
-    TF32 keeps 10 bits of each factor; left on (the default for cuDNN convolutions) it limits singular values
-    to about three digits. cuDNN is also made deterministic and kept from timing algorithms, so that one seed
-    gives one result. Applies to the process, not to the thread. Costs microseconds; wrap whole runs in it.
+    TF32 keeps 10 bits of each factor; left on, as it is for cuDNN's convolutions, it limits singular values
+    to about three digits. The same goes for bfloat16 passes in oneDNN. cuDNN is also made deterministic and
+    kept from timing its algorithms, so that one seed gives one result.
+
+    Applies to the process, not to the thread. Costs microseconds; wrap whole runs in it.
 
     Example:
         >>> with exact_arithmetic():
         ...     torch.get_float32_matmul_precision()
         'highest'
     """
-    saved: list[tuple[Any, str, Any]] = []
+    backends: Any = torch.backends
+    undo: list[Callable[[], None]] = []
 
-    def switch(owner: Any, name: str, value: Any) -> None:
-        saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+    def switch(read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
+        try:
+            before = read()
+        except RuntimeError:  # torch ≥ 2.9 once both of its interfaces were used; the newer one will do
+            return
+        undo.append(lambda: write(before))
+        write(value)
 
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    def attribute(owner: Any, name: str, value: Any) -> None:
+        switch(lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions warn that the same flags have a newer interface
+        units = _units()
+        before = [unit.fp32_precision for unit in units]
+        attribute(backends.cudnn, "deterministic", True)
+        attribute(backends.cudnn, "benchmark", False)
+        # The older interface first, because what runs inside may itself read it.
+        attribute(backends.cudnn, "allow_tf32", False)
+        switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+        for unit in units:
+            if unit.fp32_precision not in ("none", "ieee"):
+                unit.fp32_precision = "ieee"
     try:
-        switch(cudnn, "deterministic", True)
-        switch(cudnn, "benchmark", False)
-        for owner in (cudnn, matmul):
-            switch(owner, "allow_tf32", False)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        saved.append((torch, "float32_matmul_precision", precision))
         yield
     finally:
-        for owner, name, value in reversed(saved):
-            if name == "float32_matmul_precision":
-                torch.set_float32_matmul_precision(value)
-            else:
-                setattr(owner, name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for restore in reversed(undo):
+                restore()
+            for unit, precision in zip(units, before, strict=True):
+                if unit.fp32_precision != precision:
+                    unit.fp32_precision = precision
+
+
+def _units() -> list[Any]:
+    """Return what carries a float32 precision of its own; nothing before torch 2.9."""
+    backends: Any = torch.backends
+    owners = [(backends.cudnn, "conv"), (backends.cudnn, "rnn"), (backends.cuda, "matmul")]
+    owners += [(backends.mkldnn, name) for name in ("conv", "matmul", "rnn")]
+    found = [getattr(owner, name, None) for owner, name in owners]
+    return [unit for unit in found if hasattr(unit, "fp32_precision")]

@@ -1,4 +1,4 @@
-"""Bringing weights to magnitude ~1 by an exact power of two."""
+"""Reading weights of any size and type without a copy of them: extremes, sums, exact scaling."""
 
 from __future__ import annotations
 
@@ -7,35 +7,46 @@ from collections.abc import Iterator
 
 import torch
 
-_CHUNK = 1 << 20  # elements: a float64 copy of a chunk is 8 MB
+_CHUNK = 1 << 20  # elements; a float64 copy of a chunk is 8 MB
+_REDUCIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield float64 copies of parts of ``weight`` that together cover it; never copies all of it at once."""
+    """Yield float64 copies of slabs along the first axis that together cover ``weight``, one at a time."""
     weight = weight.detach()
     if weight.numel() <= _CHUNK or weight.ndim == 0:
         yield weight.double()
         return
-    # A slice along the first axis is a view whatever the strides; reshape(-1) may copy.
     rows = max(1, _CHUNK * weight.shape[0] // weight.numel())
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        yield from chunks(part[0]) if rows == 1 and part.numel() > _CHUNK else [part.double()]
+        yield weight[start : start + rows].double()  # a slice is a view whatever the strides
+
+
+def _extremes(weight: torch.Tensor) -> tuple[float, float]:
+    """Return (min, max); both NaN if there is a NaN; zeros for an empty tensor."""
+    if weight.numel() == 0:
+        return 0.0, 0.0
+    if weight.dtype in _REDUCIBLE:
+        low, high = torch.aminmax(weight.detach())
+        return float(low), float(high)
+    pairs = [torch.aminmax(chunk) for chunk in chunks(weight)]  # 8-bit floats cannot be reduced
+    values = torch.stack([torch.stack(pair) for pair in pairs])
+    return float(values[:, 0].min()), float(values[:, 1].max())
+
+
+def all_finite(weight: torch.Tensor) -> bool:
+    """Return whether there is no NaN and no infinity; one pass, no copy."""
+    return all(math.isfinite(value) for value in _extremes(weight))
 
 
 def largest(weight: torch.Tensor) -> float:
-    """Return max |w| in float64; 0 for an empty tensor, NaN or inf if there is one in it."""
-    peak = 0.0
-    for chunk in chunks(weight):
-        value = float(chunk.abs().max()) if chunk.numel() else 0.0
-        if not math.isfinite(value):
-            return value
-        peak = max(peak, value)
-    return peak
+    """Return max |w|; 0 for an empty tensor, NaN or inf if there is one in it; one pass, no copy."""
+    low, high = _extremes(weight)
+    return max(abs(low), abs(high))
 
 
 def power_of_two(weight: torch.Tensor) -> float:
-    """Return the power of two just below max |w|; 1.0 where there is nothing to scale (zero, NaN, inf)."""
+    """Return the largest power of two ≤ max |w|; 1.0 where there is nothing to scale (zero, NaN, inf)."""
     return power_below(largest(weight))
 
 
@@ -47,10 +58,10 @@ def power_below(value: float) -> float:
 
 
 def scaled_weight(weight: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return ``weight / factor`` computed in float64, in float64 if it was, else in float32.
+    """Return ``weight / factor`` for a power of two, in float64 if the weight was, else in float32.
 
-    Half types go to float32, where a power of two is exact; float64 is divided before any cast, so that weights
-    beyond float32's range neither overflow nor vanish. Differentiable.
+    Computed in float64 before any cast: weights beyond float32's range neither overflow nor vanish, and half
+    types lose nothing. Differentiable.
     """
     if factor == 1.0:
         return weight
@@ -58,3 +69,8 @@ def scaled_weight(weight: torch.Tensor, factor: float) -> torch.Tensor:
     # In two steps, because 1/factor can overflow where the quotient does not.
     root = math.ldexp(1.0, (math.frexp(factor)[1] - 1) // 2)
     return (weight.double() / root / (factor / root)).to(stored)
+
+
+def frobenius(weight: torch.Tensor) -> float:
+    """Return ‖w‖₂ over all entries in float64, slab by slab."""
+    return math.hypot(*(float(torch.linalg.vector_norm(chunk)) for chunk in chunks(weight)))

@@ -91,7 +91,7 @@ def guess_kind(ref: TensorRef, tensors: Mapping[str, TensorRef]) -> str | None:
         if "norm" in lowered or re.search(r"(^|[._])ln[._\d]", lowered):
             return "rmsnorm" if "rms" in lowered else "layernorm"
         return None
-    if "lora" in lowered or own in ("up", "down"):
+    if "lora" in lowered or re.split("[.:]", own)[-1] in ("up", "down"):
         return "lora"
     if re.match(r"weight_[ih]h_l\d", own):
         hidden = tensors.get(

@@ -28,14 +28,15 @@ from torch import Tensor
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
 from spectool.spectrum.levels import EPS
-from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, frequency_work, polynomial
+from spectool.spectrum.stencil import grouped
+from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
 from spectool.spectrum.types import Spectrum
 
-_EFFORT = 6e10  # flops, about four seconds of one core
+_EFFORT = 1e11  # flops, a few seconds of one core
+_TEST_WORK, _VALUE_WORK = 6.0, 35.0  # flops per side³ of a Cholesky test and of eigenvalues, as measured
 _CHUNK_BYTES = 1 << 26
-_FIRST_ANGLE = 0.55  # φ of a cell of the first grid, where the effort allows it
-_FEWEST = 4.0  # samples per turn of the fastest wave, at least
-_ROUND = 512  # cells refined at once
+_FIRST_ANGLE = 0.5  # φ of a cell of the first grid where H is large; twice that where values are cheap
+_FEWEST = 2.5  # samples per turn of the fastest wave, at least
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def any_size(weight: Tensor, geometry: ConvGeometry, *, tol: float = 1e-4) -> fl
     return enclose_supremum(weight, geometry, tol=tol).upper
 
 
-def enclose_supremum(weight: Tensor, geometry: ConvGeometry, *, tol: float, effort: float = _EFFORT) -> Enclosure:
+def enclose_supremum(
+    weight: Tensor, geometry: ConvGeometry, *, tol: float, effort: float = _EFFORT
+) -> Enclosure:
     """Return an enclosure of sup ‖H(θ)‖ over all groups.
 
     Stride and dilation are first divided by their greatest common divisor; what dilation then remains only
@@ -117,8 +120,8 @@ def enclose_supremum(weight: Tensor, geometry: ConvGeometry, *, tol: float, effo
     if scale == 0.0:
         return Enclosure(0.0, 0.0, 0.0, 0, True)
     stride = [s // gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True)]
-    grouped = weight.detach().cpu().double().unflatten(0, (geometry.groups, -1)) / scale  # type: ignore[no-untyped-call]
-    found = _search(polynomial(_trimmed(grouped), stride), tol, effort)
+    kernel = grouped(weight, geometry.groups).double() / scale
+    found = _search(polynomial(_trimmed(kernel), stride), tol, effort)
     lower, upper = found.lower * scale * (1 - 2 * EPS), found.upper * scale * (1 + 2 * EPS)
     return Enclosure(lower, found.best * scale, upper, found.evaluations, found.tight)
 
@@ -147,68 +150,96 @@ class _Cells:
         return _Cells(self.group[index], self.centre[index], self.half[index], self.bound[index])
 
 
+@dataclass
+class _Search:
+    """State of one search: the best value, what is proven, and the flops spent."""
+
+    symbol: Polynomial
+    lower: float = 0.0
+    best: float = 0.0
+    evaluations: int = 0
+    work: float = 0.0
+
+    def judge(self, cells: _Cells, cosine: Tensor) -> Tensor:
+        """Return a bound on σ(centre) of every cell, raising ``lower`` and ``best`` on the way.
+
+        Small symbols: their values. Large ones: a Cholesky test proves σ < lower·cos φ (the cell is out), a
+        second one σ < lower; only what passes neither can raise ``lower`` and costs its eigenvalues.
+        """
+        symbol, bounds = self.symbol, []
+        tested = symbol.side >= LARGE_SIDE
+        each = 48 * max(prod(symbol.coefficients.shape[2:]), symbol.side**2)
+        each += 24 * symbol.coefficients[0].numel() if symbol.groups > 1 else 0
+        # A few at first, so that ``lower`` is worth testing against; then as memory allows.
+        start, step = 0, 4 if tested and not self.lower else max(1, _CHUNK_BYTES // each)
+        while start < len(cells.group):
+            part = slice(start, start + step)
+            theta, group = cells.centre[part], cells.group[part]
+            start, step = start + step, min(2 * step, max(1, _CHUNK_BYTES // each))
+            bound = torch.full_like(theta[:, 0], self.lower)
+            still = torch.ones_like(group, dtype=torch.bool)
+            if tested and self.lower:
+                out = symbol.below(theta, group, self.lower * cosine[part])
+                bound[out] = self.lower * cosine[part][out]
+                still = ~out
+                if bool(still.any()):
+                    still[still.clone()] = ~symbol.below(theta[still], group[still], self.lower)
+                self.work += _TEST_WORK * symbol.side**3 * (len(group) + int((~out).sum()))
+            if bool(still.any()):
+                values, low, high = symbol.values(theta[still], group[still])
+                bound[still] = high[:, 0]
+                self.best = max(self.best, float(values[:, 0].max()))
+                self.lower = max(self.lower, float(low[:, 0].max()))
+                self.work += self._value_work * int(still.sum())
+            self.evaluations += len(group)
+            bounds.append(bound)
+        return torch.cat(bounds)
+
+    @property
+    def _value_work(self) -> float:
+        _, taps, out, channels = self.symbol.coefficients.shape
+        return 8.0 * taps * out * channels + 200.0 + _VALUE_WORK * channels**3 * (channels > 1)
+
+
 def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
     """Refine cells until the bound of every one is within ``tol`` of the best value, or the effort is spent."""
     degree = torch.tensor(symbol.degree, dtype=torch.float64)
-    _, _, out, channels = symbol.coefficients.shape
-    work = frequency_work(1, out, channels, prod(symbol.taps))
-    budget = max(64.0, effort / work)
-    counts = _first_grid(symbol.degree, budget / (3 * symbol.groups))
+    state = _Search(symbol)
+    large = symbol.side >= LARGE_SIDE
+    work = _TEST_WORK * symbol.side**3 if large else state._value_work
+    angle = _FIRST_ANGLE if large else 2 * _FIRST_ANGLE
+    counts = _first_grid(symbol.degree, angle, max(24.0, 0.7 * effort / work / symbol.groups))
     cells = _initial(symbol.groups, counts)
-    best, lower, spent = 0.0, 0.0, 0
-    settled = 0.0  # largest bound of cells that are good enough
-    ceiling = float((symbol.norms + symbol.rounding).max())
-    first = True
-    while len(cells.group):
-        value, low, high = _judge(symbol, cells, lower * torch.cos(cells.half @ degree))
-        spent += len(value)
-        best, lower = max(best, float(value.max())), max(lower, float(low.max()))
-        angle = cells.half @ degree * (1 + 4 * EPS)
-        cells.bound = torch.where(angle < pi / 2, high / torch.cos(angle), math.inf).clamp_max(ceiling)
-        if first:
+    settled, ceiling = 0.0, float((symbol.norms + symbol.rounding).max())
+    while True:
+        phi = cells.half @ degree * (1 + 4 * EPS)
+        cosine = torch.where(phi < pi / 2, torch.cos(phi), 0.0)
+        high = state.judge(cells, cosine)
+        cells.bound = torch.where(cosine > 0, high / cosine, math.inf).clamp_max(ceiling)
+        if state.evaluations == len(high):  # the uniform grid
             cosines = prod(math.cos(d * pi / c) for d, c in zip(symbol.degree, counts, strict=True))
             ceiling = min(ceiling, float(high.max()) / cosines * (1 + 8 * EPS))
-            first = False
-        if spent > budget:
-            break
-        target = lower * (1 + tol)
-        good = cells.bound <= target
+        # A cell below ``lower`` is out: it cannot hold the maximum. One within ``tol`` is good enough.
+        good = cells.bound <= state.lower * (1 + tol)
         if bool(good.any()):
             settled = max(settled, float(cells.bound[good].max()))
-        cells = _halved(cells.take(~good), degree)
+        cells = cells.take(~good)
+        if not len(cells.group) or state.work > effort or ceiling <= state.lower * (1 + tol):
+            break
+        cells = _halved(cells, degree)
     open_ = float(cells.bound.max()) if len(cells.group) else 0.0
-    upper = min(max(settled, open_, lower), ceiling)
-    return Enclosure(lower, max(best, lower), max(upper, best), spent, upper <= lower * (1 + tol))
+    upper = min(max(settled, open_, state.lower), ceiling)
+    best = max(state.best, state.lower)
+    return Enclosure(state.lower, best, max(upper, best), state.evaluations, upper <= state.lower * (1 + tol))
 
 
-def _judge(symbol: Polynomial, cells: _Cells, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (value, lower, upper) of ‖H(centre)‖; where it is proven below ``level``, (0, 0, level)."""
-    results = []
-    each = 48 * max(prod(symbol.coefficients.shape[2:]), symbol.side**2)
-    each += 8 * symbol.coefficients[0].numel() if symbol.groups > 1 else 0
-    step = max(1, _CHUNK_BYTES // each)
-    for start in range(0, len(cells.group), step):
-        part = slice(start, start + step)
-        theta, group, bar = cells.centre[part], cells.group[part], level[part]
-        value, low, high = torch.zeros_like(bar), torch.zeros_like(bar), bar.clone()
-        still = torch.ones_like(group, dtype=torch.bool)
-        if symbol.side >= LARGE_SIDE and bool((bar > 0).all()):
-            still = ~symbol.below(theta, group, bar)
-        if bool(still.any()):
-            triple = symbol.values(theta[still], group[still])
-            value[still], low[still], high[still] = (entry[:, 0] for entry in triple)
-        results.append((value, low, high))
-    first, second, third = (torch.cat(column) for column in zip(*results, strict=True))
-    return first, second, third
-
-
-def _first_grid(degree: tuple[float, ...], most: float) -> list[int]:
-    """Return cells per axis so that φ ≈ 0.55, fewer if half the product would exceed ``most``."""
+def _first_grid(degree: tuple[float, ...], angle: float, most: float) -> list[int]:
+    """Return cells per axis so that φ ≈ ``angle``, fewer if half their product would exceed ``most``."""
     active = sum(d > 0 for d in degree)
     factor = 1.0
     while True:
         counts = [
-            1 if d == 0 else max(math.ceil(_FEWEST * d) + 1, math.ceil(factor * d * active * pi / _FIRST_ANGLE))
+            1 if d == 0 else max(math.ceil(_FEWEST * d) + 1, math.ceil(factor * d * active * pi / angle))
             for d in degree
         ]
         if prod(counts) / 2 <= most or factor < 0.05:
@@ -220,7 +251,8 @@ def _initial(groups: int, counts: list[int]) -> _Cells:
     """Cover half of the frequencies (σ(−θ) = σ(θ)) of every group by a uniform grid of centres 2πj/count."""
     first = next((a for a, count in enumerate(counts) if count > 1), 0)
     axes = [
-        torch.arange(count // 2 + 1 if a == first else count, dtype=torch.float64) for a, count in enumerate(counts)
+        torch.arange(count // 2 + 1 if a == first else count, dtype=torch.float64)
+        for a, count in enumerate(counts)
     ]
     spacing = torch.tensor([2 * pi / count for count in counts], dtype=torch.float64)
     centre = torch.cartesian_prod(*axes).reshape(-1, len(counts)) * spacing
@@ -228,7 +260,9 @@ def _initial(groups: int, counts: list[int]) -> _Cells:
     # A hair wider than half the spacing: neighbours must overlap in spite of rounding.
     half = (spacing / 2 * (1 + 8 * EPS) + 8 * EPS).expand(len(centre), -1)
     group = torch.arange(groups).repeat_interleave(len(centre))
-    return _Cells(group, centre.repeat(groups, 1), half.repeat(groups, 1), torch.full((len(group),), math.inf))
+    return _Cells(
+        group, centre.repeat(groups, 1), half.repeat(groups, 1), torch.full((len(group),), math.inf)
+    )
 
 
 def _halved(cells: _Cells, degree: Tensor) -> _Cells:

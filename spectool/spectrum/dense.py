@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectool.errors import UsageError
-from spectool.linear import LinearMap, MatrixMap, Recast, normal_matvec, size, to_dense
+from spectool.errors import OperatorError
+from spectool.linear import LinearMap, MatrixMap, Recast, adjoint, normal_matvec, size, to_dense
 from spectool.spectrum.levels import EPS, Levels
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Solved:
         note: Anything worth saying in words.
         left: Left singular vectors ``(k, *out_shape)``.
         right: Right singular vectors ``(k, *in_shape)``.
+        multiplicity: As ``Spectrum.multiplicity``; 0 to count the levels.
     """
 
     levels: Levels
@@ -65,6 +66,7 @@ class Solved:
     note: str = ""
     left: Tensor | None = None
     right: Tensor | None = None
+    multiplicity: int = 0
 
 
 def matrix_levels(matrices: Tensor, k: int) -> Levels:
@@ -84,7 +86,7 @@ def matrix_levels(matrices: Tensor, k: int) -> Levels:
         norms = _norms(matrices.reshape(-1, m * n))
         return Levels.around(norms, EPS * (max(m, n) + 8) * norms)
     if m * n > SVD_ENTRIES and matrices.ndim == 2:
-        levels = gram_levels(gram(_row_blocks(matrices)), max(m, n))
+        levels = gram_levels(gram(row_blocks(matrices)), max(m, n))
         if _accurate(levels, k):
             return levels
     values = torch.linalg.svdvals(matrices).cpu().numpy()
@@ -116,16 +118,19 @@ def gram(blocks: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def gram_levels(matrix: Tensor, rows: int, *, eps: float = EPS) -> Levels:
+def gram_rounding(matrix: Tensor, rows: int) -> float:
+    """Return a bound on the error of a Gram matrix that ``gram`` summed over ``rows`` rows, in norm."""
+    return EPS * (520 + rows / _ROWS) * float(matrix.diagonal().sum())
+
+
+def gram_levels(matrix: Tensor, rows: int) -> Levels:
     """Return singular values from a Gram matrix ``(n, n)`` that was summed over ``rows`` rows.
 
-    λ is wrong by at most δ = eps·((520 + rows/512)·trace + 16·n·λ₁): the rounding of the sum, and of the
-    eigenvalues. σ then lies in [sqrt(λ−δ), sqrt(λ+δ)], which widens for small σ as it must.
+    λ is wrong by at most δ: ``gram_rounding``, and 16·n·eps·λ₁ for the eigenvalues. σ then lies in [sqrt(λ−δ), sqrt(λ+δ)], which widens for small σ as it must.
     """
     n = matrix.shape[0]
     eigenvalues = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
-    trace = float(matrix.diagonal().sum())
-    delta = eps * ((520 + rows / _ROWS) * trace + 16 * n * max(float(eigenvalues[0]), 0.0))
+    delta = gram_rounding(matrix, rows) + EPS * 16 * n * max(float(eigenvalues[0]), 0.0)
     values = np.sqrt(np.maximum(eigenvalues, 0.0))
     lower = np.sqrt(np.maximum(eigenvalues - delta, 0.0)) * (1 - EPS)
     upper = np.sqrt(np.maximum(eigenvalues, 0.0) + delta) * (1 + EPS)
@@ -138,7 +143,7 @@ def _accurate(levels: Levels, k: int) -> bool:
     return bool(levels.upper[last] - levels.lower[last] <= 1e-9 * levels.values[0])
 
 
-def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
+def row_blocks(matrix: Tensor) -> Iterator[Tensor]:
     """Yield the longer axis of a stored matrix in blocks, so that a Gram matrix has the smaller side."""
     long = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     step = max(1, _STREAM_BYTES // (8 * max(1, long.shape[1])))
@@ -170,12 +175,13 @@ def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
     not fit in memory. Arithmetic is float64 where the map allows it.
 
     Raises:
-        UsageError: If the Gram matrix would need more than 16 GiB.
+        OperatorError: If the factorisation would need more than 16 GiB, or the operator has entries that are NaN
+            or infinite.
     """
     m, n = size(A)
     short = min(m, n)
     if 8 * short * short > _EXACT_BYTES or (vectors and 16 * m * n > _EXACT_BYTES):
-        raise UsageError(
+        raise OperatorError(
             f"a dense factorisation of this {m} × {n} operator needs {8e-9 * short * short:.0f} GB",
             hint="use --method lanczos, which needs only products with the operator",
         )
@@ -184,7 +190,7 @@ def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
     if vectors:
         return _with_vectors(A, k, why, matvecs)
     if isinstance(A, MatrixMap) and 8 * m * n > _STREAM_BYTES:
-        levels = gram_levels(gram(_row_blocks(A.weight)), max(m, n))
+        levels = gram_levels(gram(row_blocks(A.weight)), max(m, n))
         if not _accurate(levels, k) and 8 * m * n <= _EXACT_BYTES // 8:
             levels = matrix_levels(A.weight.detach().double(), short)
     elif isinstance(A, MatrixMap):
@@ -221,8 +227,6 @@ def _with_vectors(A: LinearMap, k: int, why: str, matvecs: int) -> Solved:
 
 def _applied_gram(A: LinearMap) -> Tensor:
     """Return AᵀA or AAᵀ on the smaller side from applications to unit vectors, in float64 where A can."""
-    from spectool.linear import adjoint
-
     m, n = size(A)
     double = (A if n <= m else adjoint(A)).to(dtype=torch.float64)
     short = min(m, n)
@@ -240,8 +244,6 @@ def _applied_gram(A: LinearMap) -> Tensor:
 def _finite(matrix: Tensor) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         bad = int((~torch.isfinite(matrix)).sum())
-        from spectool.errors import OperatorError
-
         raise OperatorError(f"{bad} of {matrix.numel()} entries of the operator are NaN or infinite")
     return matrix
 
@@ -264,6 +266,4 @@ def widened(levels: Levels, A: LinearMap) -> Levels:
     else:
         total = math.sqrt(float((levels.values**2 * levels.count).sum()))
         extra = 8 * eps * total
-    return Levels(
-        levels.values, np.maximum(levels.lower - extra, 0.0), levels.upper + extra, levels.count
-    )
+    return Levels(levels.values, np.maximum(levels.lower - extra, 0.0), levels.upper + extra, levels.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ class Estimate:
         multiplicity: How many values equal σ₁ to the accuracy of the values; a lower bound.
         ritz: All p ≥ k singular values of A restricted to the span that ``tau`` complements ``(p,)``.
         coupling: Gram matrix RRᵀ ``(p, p)`` of the residual rows R = UᵀA − diag(ritz)·Vᵀ of those p pairs.
+        ceiling: Bound on ‖A‖ from the coefficients of the main run, valid with probability ≥ 1 − 1e-9 together
+            with ``tau``; inf if there is none.
     """
 
     left: torch.Tensor
@@ -44,3 +47,4 @@ class Estimate:
     multiplicity: int
     ritz: torch.Tensor
     coupling: torch.Tensor
+    ceiling: float = math.inf

@@ -15,43 +15,83 @@ if TYPE_CHECKING:
 
 
 def finish(
-    A: LinearMap,
     gram: Gram,
     vectors: torch.Tensor,
     k: int,
     tol: float,
     *,
-    tau: float | None,
+    tau: float,
+    ceiling: float,
     converged: bool,
     note: str,
 ) -> Estimate:
-    """Polish ``vectors`` and return the estimate they give."""
+    """Polish ``vectors`` and return the estimate they give. Costs 2 matvecs per vector.
+
+    Args:
+        gram: The scaled operator.
+        vectors: Rows ``(p, size)``, p ≥ k.
+        k: How many pairs to report.
+        tol: Bound on the explicit residuals for ``converged``.
+        tau: Bound on the norm on the complement of ``vectors``, in scaled units.
+        ceiling: Bound on the norm of the whole operator, in scaled units.
+        converged: What the solver and its verification say.
+        note: Anything worth saying in words.
+    """
     pairs = polish(gram.double(), vectors)
-    unit = 1.0 / gram.factor
-    first = float(pairs.values[0])
+    unit, first = 1.0 / gram.factor, float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
     residuals = torch.maximum(lengths, pairs.defect)[:k] / first
     values = pairs.values[:k]
+    # Ritz values are accurate to about the square of the residual: equal to that accuracy is equal.
     near = max(1e-9 * first, 4.0 * first * float(residuals.max()) ** 2, 2.0 * pairs.rounding)
     right = pairs.right[:k].cpu().reshape(-1, *gram.map.in_shape)
     left = pairs.left[:k].cpu().reshape(-1, *gram.map.out_shape)
-    if gram.flipped:
-        left, right = right, left
+    missed = (
+        "" if bool((residuals <= tol).all()) else f"residual {float(residuals.max()):.1e} after the polish"
+    )
     return Estimate(
-        left=left,
+        left=right if gram.flipped else left,
         values=(values * unit).cpu(),
-        right=right,
+        right=left if gram.flipped else right,
         residuals=residuals.cpu(),
-        converged=converged and bool((residuals <= tol).all()),
+        converged=converged and not missed,
         matvecs=gram.applications,
-        tau=None if tau is None else tau * unit,
-        note=note,
+        tau=tau * unit,
+        note=note or (missed and f"not converged: {missed}"),
         rounding=pairs.rounding * unit,
         multiplicity=int((values >= first - near).sum()),
         ritz=(pairs.values * unit).cpu(),
         coupling=(pairs.remainder @ pairs.remainder.T).cpu() * unit**2,
+        ceiling=ceiling * unit,
     )
 
 
-def zero(A, k, gram):
-    raise NotImplementedError
+def exhaust(gram: Gram, k: int, tol: float) -> Estimate:
+    """Return the estimate of a small operator from all of its space. Costs 2·min(m, n) matvecs."""
+    basis = torch.eye(gram.size, dtype=torch.float64)
+    return finish(gram, basis, k, tol, tau=0.0, ceiling=float("inf"), converged=True, note="")
+
+
+def zero_estimate(gram: Gram, k: int) -> Estimate:
+    """Return the estimate of the zero operator: zeros, with unit vectors. Costs nothing more."""
+    spaces = (gram.map.out_shape, gram.map.in_shape)
+    left, right = (
+        torch.eye(k, max(k, int(torch.Size(shape).numel())), dtype=torch.float64).reshape(k, *shape)
+        for shape in (reversed(spaces) if gram.flipped else spaces)
+    )
+    zeros = torch.zeros(k, dtype=torch.float64)
+    return Estimate(
+        left=left,
+        values=zeros,
+        right=right,
+        residuals=zeros.clone(),
+        converged=True,
+        matvecs=gram.applications,
+        tau=0.0,
+        note="zero operator: a random vector is mapped to zero",
+        rounding=0.0,
+        multiplicity=k,
+        ritz=zeros.clone(),
+        coupling=torch.zeros(k, k, dtype=torch.float64),
+        ceiling=0.0,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ class Krylov:
     """Orthonormal rows Q with T = Q B Qᵀ, and the frontier F: the rows that come next.
 
     Invariant after every method: Q Qᵀ = I, F Fᵀ = I, Q Fᵀ = 0 and Q B = T Q + linkᵀ F, to rounding; ``link`` is
-    F B Qᵀ. B is (I−KᵀK)B(I−KᵀK) throughout, K the ``known`` rows; Q and F are orthogonal to K.
+    F B Qᵀ. B stands for (I−KᵀK)B(I−KᵀK), K the ``known`` rows, and Q and F are orthogonal to K.
 
     Args:
         gram: B.
@@ -30,63 +31,66 @@ class Krylov:
         capacity: Most rows Q may have.
         block: Rows of F.
         source: Generator of the start rows and of the rows that replace a breakdown.
+        start: First row of F, if it is not to be random; it need not be normalised.
+
+    **Source:** K. Wu and H. Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM
+    J. Matrix Anal. Appl. 22 (2000); the second orthogonalisation pass only where needed: Daniel, Gragg, Kaufman
+    and Stewart, Math. Comp. 30 (1976).
     """
 
     def __init__(
-        self, gram: Gram, known: torch.Tensor, capacity: int, block: int, source: torch.Generator
+        self,
+        gram: Gram,
+        known: torch.Tensor,
+        capacity: int,
+        block: int,
+        source: torch.Generator,
+        *,
+        start: torch.Tensor | None = None,
     ) -> None:
         self.gram, self.known, self._source = gram, known, source
+        self._block, self._largest = block, 0.0
         self._rows = torch.empty(capacity + block, gram.size, dtype=gram.dtype, device=gram.device)
-        self._block = block
         self.T: NDArray[np.float64] = np.zeros((0, 0))
         self.link: NDArray[np.float64] = np.zeros((0, 0))
-        self.refills = 0
+        # For ``certificate``: Ritz values dropped at restarts, and the logarithm of the product of all β.
+        self._shed: list[float] = []
+        self._log_beta = 0.0
+        self._certifies = block == 1 and start is None
+        first = torch.zeros((0, gram.size)) if start is None else start
+        self._advance(first.to(self._rows))
 
     @property
     def size(self) -> int:
         """Rows of Q."""
-        return self.T.shape[0]
+        return int(self.T.shape[0])
 
     @property
     def frontier(self) -> int:
-        """Rows of F; 0 when Q spans the whole space."""
-        return self.link.shape[0]
-
-    @property
-    def room(self) -> int:
-        """Dimensions of the space outside K, Q and F."""
-        return self.gram.size - len(self.known) - self.size - self.frontier
-
-    def start(self, rows: torch.Tensor | None = None) -> None:
-        """Begin with Q empty and F = ``rows`` orthonormalised, filled up with random rows."""
-        self.T = np.zeros((0, 0))
-        self.link = np.zeros((0, 0))
-        w = torch.empty((0, self.gram.size), dtype=self.gram.dtype, device=self.gram.device)
-        self._advance(w if rows is None else rows.to(w), 1.0)
+        """Rows of F; 0 when Q and K span the whole space."""
+        return int(self.link.shape[0])
 
     def expand(self) -> None:
         """Move F into Q and find the next F. Costs a pair per row of F."""
         old, b = self.size, self.frontier
         front = self._rows[old : old + b]
         w = self.gram(front)
-        scale = float(torch.linalg.vector_norm(w)) / b**0.5
-        if len(self.known):
-            w -= (w @ self.known.T) @ self.known
-        # The local recurrence first: what is known of W's components is subtracted exactly once.
-        first = int(np.argmax(np.any(self.link != 0.0, axis=0))) if old else 0
-        if old and np.any(self.link):
-            w -= self._tensor(self.link[:, first:]) @ self._rows[first:old]
-        alpha = w @ front.T
-        w -= alpha @ front
-        alpha_ = alpha.double().cpu().numpy()
+        self._largest = max(self._largest, float(torch.linalg.matrix_norm(w)))
+        self._avoid_known(w)
+        # The local recurrence first: components that are known are subtracted once, by their known size.
+        # Right after a restart F couples to every row of Q, later only to the last block.
+        coupled = np.flatnonzero(np.any(self.link != 0.0, axis=0))
+        if len(coupled):
+            w -= self._tensor(self.link[:, coupled[0] :]) @ self._rows[coupled[0] : old]
+        alpha = w.double() @ front.double().T
+        w -= alpha.to(w) @ front
         T = np.zeros((old + b, old + b))
         T[:old, :old] = self.T
         T[old:, :old], T[:old, old:] = self.link, self.link.T
-        T[old:, old:] = 0.5 * (alpha_ + alpha_.T)
+        T[old:, old:] = 0.5 * (alpha + alpha.T).cpu().numpy()
         self.T = T
-        self.link = np.zeros((0, old + b))
         self._project(w)
-        self._advance(w, scale)
+        self._advance(w)
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Return Ritz values (descending), their coordinates (columns) and residual norms ‖B y − θ y‖."""
@@ -94,15 +98,16 @@ class Krylov:
         values, vectors = values[::-1], vectors[:, ::-1]
         return values, vectors, np.linalg.norm(self.link @ vectors, axis=0)
 
-    def restart(self, vectors: NDArray[np.float64], values: NDArray[np.float64], keep: int) -> None:
+    def restart(self, values: NDArray[np.float64], coordinates: NDArray[np.float64], keep: int) -> None:
         """Shrink Q to its first ``keep`` Ritz vectors; F stays."""
         old, b = self.size, self.frontier
-        turn = self._tensor(vectors[:, :keep].T)
+        turn = self._tensor(coordinates[:, :keep].T)
         for begin in range(0, self.gram.size, _CHUNK):
             part = self._rows[:, begin : begin + _CHUNK]
             part[:keep] = turn @ part[:old]
         self._rows[keep : keep + b] = self._rows[old : old + b].clone()
-        self.link = self.link @ vectors[:, :keep]
+        self._shed.extend(values[keep:].tolist())
+        self.link = self.link @ coordinates[:, :keep]
         self.T = np.diag(values[:keep])
 
     def vectors(self, coordinates: NDArray[np.float64]) -> torch.Tensor:
@@ -111,61 +116,96 @@ class Krylov:
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` rows of Q."""
-        rows = torch.empty(
-            capacity + self._block, self.gram.size, dtype=self._rows.dtype, device=self._rows.device
-        )
+        shape = (capacity + self._block, self.gram.size)
+        rows = torch.empty(shape, dtype=self._rows.dtype, device=self._rows.device)
         used = self.size + self.frontier
         rows[:used] = self._rows[:used]
         self._rows = rows
 
+    def certificate(self, values: NDArray[np.float64], level: float) -> float:
+        """Return a bound on B's largest eigenvalue, or inf if blocks or refills spoil it. See ``probabilistic``.
+
+        ``values`` are the present Ritz values, ``level`` is log(1/δ). Thick restarts do not spoil the bound: the
+        row in F is still a polynomial of B applied to the random start row. Its roots are the present Ritz values
+        and all those dropped at restarts (a restart only splits the roots into kept and dropped ones), and every
+        step divides its leading coefficient by β. All roots lie below the bound, so beyond the largest one the
+        polynomial grows, which is all that the argument needs. Not yet inflated by rounding.
+        """
+        if not self._certifies or not self.size or not self.frontier:
+            return math.inf
+        roots = np.concatenate([values, self._shed])
+        top = float(roots.max())
+        if top <= 0.0:
+            return math.inf
+
+        def enough(t: float) -> bool:
+            return float(np.log(t - roots).sum()) - self._log_beta >= level
+
+        low, high = top, 2.0 * top
+        while not enough(high):
+            low, high = high, 2.0 * high
+        while high - low > 1e-10 * high:
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
+
     def _tensor(self, array: NDArray[np.float64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=self._rows.dtype, device=self._rows.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._rows)
+
+    def _avoid_known(self, w: torch.Tensor) -> None:
+        if len(self.known):
+            w -= (w @ self.known.T) @ self.known
 
     def _project(self, w: torch.Tensor) -> None:
-        """Take out of ``w`` what lies in Q, in place; twice where the first pass took most of it."""
+        """Take out of ``w`` what lies in Q, in place; twice where the first pass took much of it.
+
+        After the local recurrence only rounding is left in Q, so one pass is enough unless ``w`` itself is of
+        that size. Without any pass, or with one that ignores cancellation, results are silently wrong.
+        """
         q = self._rows[: self.size]
         before = torch.linalg.vector_norm(w, dim=1)
         w -= (w @ q.T) @ q
-        after = torch.linalg.vector_norm(w, dim=1)
-        if bool((after < 0.7 * before).any()):
+        if bool((torch.linalg.vector_norm(w, dim=1) < 0.7 * before).any()):
             w -= (w @ q.T) @ q
 
-    def _advance(self, w: torch.Tensor, scale: float) -> None:
-        """Orthonormalise ``w`` into the next F; dependent rows are replaced by random ones."""
+    def _advance(self, w: torch.Tensor) -> None:
+        """Make rows ``w``, orthogonal to Q, into the next F; what vanishes is replaced by random rows."""
         old, b = self.size, w.shape[0]
-        tiny = 32.0 * torch.finfo(w.dtype).eps * scale
+        noise = 32.0 * torch.finfo(w.dtype).eps * self._largest
         want = min(self._block, self.gram.size - len(self.known) - old)
-        R = np.zeros((want, b))
+        weights = np.zeros((want, b))
         count = 0
         for i in range(b):
             v = w[i : i + 1]
-            for _ in range(2):
-                if count:
-                    front = self._rows[old : old + count]
-                    c = v @ front.T
-                    v = v - c @ front
-                    R[:count, i] += c[0].double().cpu().numpy()
-            norm = float(torch.linalg.vector_norm(v))
-            if norm > tiny and count < want:
-                self._rows[old + count] = v[0] / norm
-                if norm < 1e-2 * scale:
-                    # what is left is mostly rounding: clean it before it becomes a basis row
-                    self._clean(old + count)
-                R[count, i] = norm
-                count += 1
-        while count < want:
-            self._rows[old + count] = gaussian(1, self.gram.size, self._source)[0].to(self._rows)
-            self._clean(old + count)
-            self.refills += 1
+            front = self._rows[old : old + count]
+            for _ in range(2 if count else 0):
+                c = v @ front.T
+                v = v - c @ front
+                weights[:count, i] += c[0].double().cpu().numpy()
+            norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+            if norm <= noise or count == want:
+                continue
+            self._rows[old + count] = v[0] / norm
+            if norm < 1e-2 * self._largest:
+                self._clean(old + count)
+            weights[count, i] = norm
             count += 1
+        if self._block == 1 and b and count:
+            self._log_beta += math.log(weights[0, 0])
+        self._certifies &= not b or count == want
+        for index in range(old + count, old + want):
+            self._rows[index] = gaussian(1, self.gram.size, self._source)[0].to(self._rows)
+            self._clean(index)
         self.link = np.zeros((want, old))
-        if b:
-            self.link[:, old - b :] = R[:, :]
+        # At the very start there is nothing F could couple to.
+        if old:
+            self.link[:, old - b :] = weights
 
     def _clean(self, index: int) -> None:
+        """Make row ``index`` orthogonal to K and to the rows before it; it is mostly rounding or random."""
         row = self._rows[index : index + 1]
         q = self._rows[:index]
         for _ in range(2):
-            row -= (row @ self.known.T) @ self.known
+            self._avoid_known(row)
             row -= (row @ q.T) @ q
             row /= torch.linalg.vector_norm(row)

@@ -121,6 +121,7 @@ def products(factors: Sequence[Levels], k: int) -> Levels:
     """
     result = Levels.around(np.ones(1), 0.0)
     for factor in factors:
+
         def outer(name: str, result: Levels = result, factor: Levels = factor) -> Floats:
             return np.outer(getattr(result, name), getattr(factor, name)).reshape(-1)
 

@@ -102,17 +102,18 @@ def enclose(estimate: Estimate) -> tuple[list[float], list[float]]:
     matrix AAᵀ − x has as many positive eigenvalues as its Schur complement, which is at most
     S² + EEᵀ·x/(x−τ²) − x. So σ_i² ≤ x as soon as the i-th largest eigenvalue of S² + RRᵀ·x/(x−τ²) is ≤ x.
     The smallest such x is found by bisection. It is never above (max(σ̂_i, τ) + ‖R‖)² and, where τ < σ̂_i, exceeds
-    σ̂_i² only by about ‖R‖²σ̂_i²/(σ̂_i²−τ²): second order. Without τ the upper ends are infinite.
+    σ̂_i² only by about ‖R‖²σ̂_i²/(σ̂_i²−τ²): second order. ``estimate.ceiling`` caps them all. Without τ the upper
+    ends are infinite.
 
     Costs no matvecs.
     """
     lower = [max(0.0, float(value) - estimate.rounding) for value in estimate.values]
     if estimate.tau is None:
-        return lower, [math.inf] * len(lower)
+        return lower, [estimate.ceiling] * len(lower)
     upper: list[float] = []
     for index in range(len(lower)):
         bound = _quadratic(estimate.ritz, estimate.coupling, estimate.tau, index)
-        upper.append(max(lower[index], bound) + estimate.rounding)
+        upper.append(max(lower[index], min(bound, estimate.ceiling)) + estimate.rounding)
     return lower, upper
 
 

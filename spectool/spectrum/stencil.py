@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectool.linear import Adjoint, Composed, ConvGeometry, ConvMap, DiagonalMap, LinearMap, Scaled
+from spectool.linear import Adjoint, Composed, ConvGeometry, ConvMap, LinearMap, Reshaped, Scaled, fold
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,8 @@ class Stencil:
         for axis in range(dims):
             tap = self._taps(axis)  # (m, n): which tap, the padding tap (zero) where none
             place = 3 + 2 * axis
-            weight = weight.index_select(place, tap.reshape(-1)).unflatten(place, tuple(tap.shape))
+            shape = (*weight.shape[:place], *tap.shape, *weight.shape[place + 1 :])
+            weight = weight.index_select(place, tap.reshape(-1)).reshape(shape)
         order = [0, 1, *(3 + 2 * a for a in range(dims)), 2, *(4 + 2 * a for a in range(dims))]
         return weight.permute(order).reshape(self.groups, *self.shape)
 
@@ -125,7 +126,7 @@ def stencil_of(A: LinearMap) -> Stencil | None:
     if geometry.transposed:
         outer, inner = inner, outer
     return Stencil(
-        conv.weight.detach().unflatten(0, (geometry.groups, -1)),
+        grouped(conv.weight, geometry.groups),
         inner,
         outer,
         geometry.stride,
@@ -138,44 +139,24 @@ def convolution_of(A: LinearMap) -> ConvMap | None:
     """Return a convolution with the same singular values as A, factors and channel scales folded in; else None."""
     if isinstance(A, ConvMap):
         return A
-    if isinstance(A, Adjoint):
+    if isinstance(A, (Adjoint, Reshaped)):
         return convolution_of(A.inner)
     if isinstance(A, Scaled):
         inner = convolution_of(A.inner)
         if inner is None:
             return None
-        return _reweighted(inner, inner.weight.detach().double() * A.factor)
+        weight = inner.weight.detach().double() * A.factor
+        return ConvMap(weight, inner.in_shape, inner.geometry, dtype=inner.dtype, device=inner.device)
     if isinstance(A, Composed):
-        return _folded(A)
+        folded = fold(A)
+        return None if isinstance(folded, Composed) else convolution_of(folded)
     return None
 
 
-def _folded(A: Composed) -> ConvMap | None:
-    """Fold per-channel scales on both sides of one convolution into its kernel, in float64."""
-    places = [i for i, part in enumerate(A.maps) if isinstance(part, ConvMap)]
-    if len(places) != 1:
-        return None
-    conv = A.maps[places[0]]
-    if not isinstance(conv, ConvMap):
-        return None
-    weight = conv.weight.detach().double()
-    for i, part in enumerate(A.maps):
-        if i == places[0]:
-            continue
-        if not isinstance(part, DiagonalMap) or part.scale.ndim != 1 or part.axis != 0:
-            return None
-        scale = part.scale.detach().double().to(weight.device)
-        weight = _scale_channels(weight, conv.geometry, scale, outputs=i < places[0])
-    return _reweighted(conv, weight)
-
-
-def _scale_channels(weight: Tensor, geometry: ConvGeometry, scale: Tensor, *, outputs: bool) -> Tensor:
-    tail = (1,) * geometry.dims
-    if outputs != geometry.transposed:  # the stored leading axis runs over all channels of that side
-        return weight * scale.reshape(-1, 1, *tail)
-    per_group = weight.shape[1]
-    table = scale.reshape(geometry.groups, 1, per_group, *tail)
-    return (weight.unflatten(0, (geometry.groups, -1)) * table[:, :]).flatten(0, 1)
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """Return a stored kernel as ``(groups, out, in, *k)`` on the CPU, detached."""
+    weight = weight.detach().cpu()
+    return weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
 
 
 def _reweighted(conv: ConvMap, weight: Tensor) -> ConvMap:

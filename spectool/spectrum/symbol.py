@@ -22,6 +22,8 @@ from spectool.spectrum.levels import EPS
 LARGE_SIDE = 24
 """Smaller side of H from which Gram matrices and Cholesky tests pay."""
 
+_MANY_TAPS = 32  # from here on a group's taps are summed axis by axis
+
 
 @dataclass(frozen=True, eq=False)
 class Polynomial:
@@ -66,15 +68,37 @@ class Polynomial:
 
     def evaluate(self, theta: Tensor, group: Tensor) -> Tensor:
         """Return H ``(F, out, in)`` of groups ``(F,)`` at frequencies ``(F, D)``."""
-        angles = theta @ self._exponents(self.taps)  # (F, ΠQ)
-        cosine, sine = torch.cos(angles), torch.sin(angles)
         shape = self.coefficients.shape[2:]
         if self.groups == 1:
+            angles = theta @ self._exponents(self.taps)  # (F, ΠQ)
             flat = self.coefficients[0].flatten(1)  # (ΠQ, out·in)
-            return torch.complex(cosine @ flat, sine @ flat).unflatten(1, shape)  # type: ignore[no-untyped-call]
+            return torch.complex(torch.cos(angles) @ flat, torch.sin(angles) @ flat).reshape(-1, *shape)
+        along = []
+        for axis, count in enumerate(self.taps):
+            turn = theta[:, axis, None] * torch.arange(count, dtype=torch.float64)
+            along.append(torch.complex(torch.cos(turn), torch.sin(turn)))
+        if prod(self.taps) > _MANY_TAPS:
+            return self._axis_by_axis(along, group)
+        phases = torch.ones(len(theta), 1, dtype=torch.complex128)
+        for factor in along:
+            phases = (phases[:, :, None] * factor[:, None, :]).flatten(1)
         chosen = self.coefficients.flatten(2)[group]  # (F, ΠQ, out·in)
-        real, imaginary = torch.bmm(cosine[:, None], chosen)[:, 0], torch.bmm(sine[:, None], chosen)[:, 0]
-        return torch.complex(real, imaginary).unflatten(1, shape)  # type: ignore[no-untyped-call]
+        real = torch.bmm(phases.real[:, None], chosen)[:, 0]
+        imaginary = torch.bmm(phases.imag[:, None], chosen)[:, 0]
+        return torch.complex(real, imaginary).reshape(-1, *shape)
+
+    def _axis_by_axis(self, along: list[Tensor], group: Tensor) -> Tensor:
+        """Sum over one axis after the other, group by group: no array of F·ΠQ phases."""
+        result = torch.empty(len(group), *self.coefficients.shape[2:], dtype=torch.complex128)
+        for index in torch.unique(group).tolist():
+            rows = group == index
+            first, *others = (factor[rows] for factor in along)
+            flat = self.coefficients[index].reshape(self.taps[0], -1)
+            part = torch.complex(first.real @ flat, first.imag @ flat)
+            for factor in others:
+                part = torch.bmm(factor[:, None], part.reshape(len(factor), factor.shape[1], -1))[:, 0]
+            result[rows] = part.reshape(-1, *result.shape[1:])
+        return result
 
     def gram(self, theta: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Return G = HᴴH ``(F, in, in)`` and bounds ``(F,)`` on the errors of its eigenvalues."""
@@ -96,7 +120,7 @@ class Polynomial:
         centre, shifts, products = self._correlations
         angles = theta @ shifts
         half = torch.complex(torch.cos(angles) @ products, torch.sin(angles) @ products)
-        half = half.unflatten(1, centre.shape)  # type: ignore[no-untyped-call]
+        half = half.reshape(-1, *centre.shape)
         square = centre + half + half.mH
         taps = prod(self.taps)
         factor = EPS * (self.coefficients.shape[2] + 8 * sum(self.taps) + 4 * taps + 16)
@@ -153,7 +177,8 @@ class Polynomial:
         delta = error + 8 * (n + 2) * n * EPS * levels**2
         shifted = -square
         shifted.diagonal(dim1=-2, dim2=-1).add_((levels**2 - delta)[:, None])
-        return torch.linalg.cholesky_ex(shifted).info == 0
+        proven: Tensor = torch.linalg.cholesky_ex(shifted).info == 0
+        return proven
 
 
 def polynomial(weight: Tensor, stride: Sequence[int]) -> Polynomial:
@@ -162,7 +187,9 @@ def polynomial(weight: Tensor, stride: Sequence[int]) -> Polynomial:
     weight = weight.detach().cpu().double()
     taps = tuple(-(-weight.shape[3 + a] // stride[a]) for a in range(dims))
     missing = [taps[a] * stride[a] - weight.shape[3 + a] for a in range(dims)]
-    weight = torch.nn.functional.pad(weight, [side for a in reversed(range(dims)) for side in (0, missing[a])])
+    weight = torch.nn.functional.pad(
+        weight, [side for a in reversed(range(dims)) for side in (0, missing[a])]
+    )
     groups, out, channels = weight.shape[:3]
     split = [size for a in range(dims) for size in (taps[a], stride[a])]
     weight = weight.reshape(groups, out, channels, *split)

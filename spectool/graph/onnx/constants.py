@@ -26,9 +26,8 @@ _LARGEST = 1 << 31
 _DEEPEST = 150
 _QUANTISED = ("int8", "uint8", "int4", "uint4", "int2", "uint2", "float8", "float4")
 # Operations that only move entries: index arrays can be sent through them.
-_MOVERS = frozenset(
-    "Identity Cast Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Gather Concat".split()
-)
+_MOVER_NAMES = "Identity Cast Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Gather Concat"
+_MOVERS = frozenset(_MOVER_NAMES.split())
 
 
 @dataclass
@@ -74,10 +73,9 @@ class Constants:
     def __getitem__(self, name: str) -> Constant:
         return self.table[name]
 
-    def store(self, name: str, tensor: Any, raw_name: str) -> None:
-        """Add a tensor of the file under a unique name; its checkpoint key may be ``raw_name`` or ``name``."""
+    def store(self, name: str, tensor: Any, key: str) -> None:
+        """Add a tensor of the file under a unique name; ``key`` is what the checkpoint calls it."""
         shape = tuple(tensor.dims)
-        key = next((key for key in (name, raw_name) if self._is_key(key, shape)), name)
         self.stored_shapes[key] = shape
 
         def read() -> Array:
@@ -91,7 +89,11 @@ class Constants:
         """Add a value that is known already."""
         array = np.asarray(value)
         self.table[name] = Constant(
-            array.shape, array.dtype.name, origins, lambda: array, value=array if array.size <= SMALL else None
+            array.shape,
+            array.dtype.name,
+            origins,
+            lambda: array,
+            value=array if array.size <= SMALL else None,
         )
 
     def compute(
@@ -172,7 +174,12 @@ class Constants:
             OperatorError: If it cannot be computed.
         """
         entry = self.table[name]
-        if entry.node is None and entry.origins and self._is_key(entry.origins[0], entry.shape) and not entry.depth:
+        if (
+            entry.node is None
+            and entry.origins
+            and self._is_key(entry.origins[0], entry.shape)
+            and not entry.depth
+        ):
             return self.checkpoint.read(entry.origins[0])
         return _to_torch(self.value(name))
 
@@ -200,15 +207,15 @@ class Constants:
         origins = {(item[0], item[1]) for item in found if item is not None}
         if len(origins) != 1:
             return None
+        ((key, shape),) = origins
+        if any(item is None and _is_data(node.op_type, position) for position, item in enumerate(found)):
+            return None
         moved = [
             item[2] if item is not None else (self.value(source) if source else None)
             for item, source in zip(found, inputs, strict=True)
         ]
-        (key, shape), = origins
         if node.op_type in ("Identity", "Cast"):
-            return key, shape, moved[0]
-        if any(item is None and _is_data(node.op_type, position) for position, item in enumerate(found)):
-            return None
+            return found[0]
         try:
             return key, shape, self.evaluator.run(node, moved)[index]
         except ValueError:
@@ -255,10 +262,10 @@ def dtype_name(element: int) -> str:
         return "" if element == TensorProto.UNDEFINED else "string"
     if element == TensorProto.BFLOAT16:
         return "bfloat16"
-    return np.dtype(helper.tensor_dtype_to_np_dtype(element)).name
+    return str(np.dtype(helper.tensor_dtype_to_np_dtype(element)).name)
 
 
-_ELEMENTS = {
+_ELEMENTS: dict[str, int] = {
     dtype_name(element): element
     for element in TensorProto.DataType.values()
     if element not in (TensorProto.UNDEFINED, TensorProto.STRING)
@@ -267,7 +274,7 @@ _ELEMENTS = {
 
 def element_type(dtype: str) -> int:
     """Return the ONNX element type of a numpy name; 0 if there is none."""
-    return _ELEMENTS.get(dtype, TensorProto.STRING if dtype in ("string", "object") else 0)
+    return int(_ELEMENTS.get(dtype, TensorProto.STRING if dtype in ("string", "object") else 0))
 
 
 def _to_numpy(tensor: torch.Tensor) -> Array:

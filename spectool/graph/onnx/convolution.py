@@ -58,7 +58,12 @@ def transposed_geometry(
     wanted = list(attributes.get("output_shape") or ())[-dims:]
     if not wanted and mode not in ("SAME_UPPER", "SAME_LOWER"):
         return ConvGeometry(
-            stride, explicit_pads(attributes, dims), dilation, group, transposed=True, output_padding=tuple(extra)
+            stride,
+            explicit_pads(attributes, dims),
+            dilation,
+            group,
+            transposed=True,
+            output_padding=tuple(extra),
         )
     pads = []
     for axis in range(dims):

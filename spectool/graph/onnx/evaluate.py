@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-_NOT_DETERMINED = frozenset(
+_NOT_DETERMINED_NAMES = (
     "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial "
-    "If Loop Scan SequenceMap Optional OptionalGetElement OptionalHasElement".split()
+    "If Loop Scan SequenceMap Optional OptionalGetElement OptionalHasElement"
 )
+_NOT_DETERMINED = frozenset(_NOT_DETERMINED_NAMES.split())
+_FIRST_KNOWN = {"DequantizeLinear": 19}
+"""Versions below which the reference lacks an operation that a newer version contains unchanged."""
 
 
 @dataclass
@@ -61,7 +64,10 @@ class Evaluator:
 
         if node.domain not in ("", "ai.onnx") or node.op_type in _NOT_DETERMINED:
             return None
+        if any(attribute.name == "broadcast" for attribute in node.attribute):
+            return None  # broadcasting of opset 6, which the reference ignores
         number = self.versions.get("", 1) if version is None else version
+        number = max(number, _FIRST_KNOWN.get(node.op_type, 1))
         attributes = b"".join(sorted(attribute.SerializeToString() for attribute in node.attribute))
         key = (node.op_type, number, tuple(types), len(node.output), attributes)
         if key in self._known:

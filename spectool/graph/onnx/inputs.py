@@ -18,7 +18,11 @@ def declared_shape(value: Any) -> list[int | str | None] | None:
     if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
         return None
     return [
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None if dim.HasField("dim_param") else None
+        dim.dim_value
+        if dim.HasField("dim_value")
+        else dim.dim_param or None
+        if dim.HasField("dim_param")
+        else None
         for dim in kind.shape.dim
     ]
 
@@ -62,22 +66,26 @@ def resolve_inputs(
     return resolved, sizes
 
 
+def example_shapes(resolved: Mapping[str, Dims | None]) -> dict[str, Dims | None]:
+    """Return the input shapes with a plausible size wherever one is open."""
+    return {
+        name: tuple(size if size is not None else _EXAMPLE.get(len(shape), 16) for size in shape)
+        for name, dims in resolved.items()
+        for shape in [dims if dims is not None else (1, 3, None, None)]
+    }
+
+
 def missing_size(
     what: str, declared: Mapping[str, Sequence[int | str | None] | None], resolved: Mapping[str, Dims | None]
 ) -> UsageError:
     """Return the error for an operator whose input size is open, with the inputs and an example."""
     open_inputs = [name for name, shape in resolved.items() if shape is None or None in shape]
-    example = []
-    for name in open_inputs:
-        shape = resolved[name]
-        if shape is None:
-            shape = (1, 3, None, None)
-        size = _EXAMPLE.get(len(shape), 16)
-        example.append(f"--input {name}={'x'.join(str(n if n is not None else size) for n in shape)}")
+    example = example_shapes({name: resolved[name] for name in open_inputs})
+    flags = " ".join(f"--input {name}={'x'.join(map(str, shape or ()))}" for name, shape in example.items())
     shapes = ", ".join(f"{name} ({_text(declared[name])})" for name in open_inputs)
     return UsageError(
         f"the size of {what} is not fixed by the file: open input {shapes}",
-        hint=f"say what size it has, e.g. {' '.join(example)}",
+        hint=f"say what size it has, e.g. {flags}",
     )
 
 
@@ -89,9 +97,12 @@ def _meant(name: str, declared: Mapping[str, Sequence[int | str | None] | None])
     listed = ", ".join(f"{known} ({_text(dims)})" for known, dims in declared.items()) or "none"
     if not name:
         raise UsageError(
-            f"the model has {len(declared)} inputs: {listed}", hint="say which one is meant: --input name=1x3x224x224"
+            f"the model has {len(declared)} inputs: {listed}",
+            hint="say which one is meant: --input name=1x3x224x224",
         )
-    raise UsageError(f"the model has no input {name!r}; its inputs are {listed}", hint="use one of those names")
+    raise UsageError(
+        f"the model has no input {name!r}; its inputs are {listed}", hint="use one of those names"
+    )
 
 
 def _check(

@@ -99,7 +99,9 @@ def fused_gemm(state: State, operation: Operation) -> None:
 def _skip_fused(state: State, operation: Operation) -> None:
     for name in operation.inputs:
         if state.is_matrix(name):
-            state.skip(operation, name, "linear", f"{operation.full_name} with these attributes is not analysed")
+            state.skip(
+                operation, name, "linear", f"{operation.full_name} with these attributes is not analysed"
+            )
             break
     state.emit(operation.boundary())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +22,7 @@ def qlinear_conv(state: State, operation: Operation) -> None:
 def conv_integer(state: State, operation: Operation) -> None:
     """Explain ``ConvInteger``: x, w, x_zero, w_zero; the scale is found in the product that follows."""
     state.emit(operation.boundary())
-    _pending(state, operation)
+    state.integer_products[operation.name] = operation.attributes
 
 
 def qlinear_matmul(state: State, operation: Operation) -> None:
@@ -34,7 +33,7 @@ def qlinear_matmul(state: State, operation: Operation) -> None:
 def matmul_integer(state: State, operation: Operation) -> None:
     """Explain ``MatMulInteger``: a, b, a_zero, b_zero; the scale is found in the product that follows."""
     state.emit(operation.boundary())
-    _pending(state, operation)
+    state.integer_products[operation.name] = operation.attributes
 
 
 def dynamic_quantize_matmul(state: State, operation: Operation) -> None:
@@ -48,7 +47,7 @@ def matmul_integer_to_float(state: State, operation: Operation) -> None:
 
 
 def qgemm(state: State, operation: Operation) -> None:
-    """Explain ONNX Runtime's ``QGemm``: a, a_scale, a_zero, b, b_scale, b_zero, c…"""
+    """Explain ONNX Runtime's ``QGemm``: a, a_scale, a_zero, b, b_scale, b_zero, then the bias."""
     flip = bool(operation.attributes.get("transB", 0))
     _attach_matrix(
         state, operation, operation.input(3), operation.input(4), operation.input(5), transposed=not flip
@@ -66,7 +65,9 @@ def matmul_nbits(state: State, operation: Operation) -> None:
     bits, block = int(attributes.get("bits", 4)), int(attributes.get("block_size", 0))
     known = all(state.constant(name) for name in (packed, scales)) and (not zeros or state.constant(zeros))
     if not known or operation.input(4) or bits not in (2, 4, 8) or min(rows, columns, block) < 1:
-        state.skip(operation, packed, "linear", f"its {bits}-bit weights are packed in a way that is not known")
+        state.skip(
+            operation, packed, "linear", f"its {bits}-bit weights are packed in a way that is not known"
+        )
         state.emit(operation.boundary())
         return
 
@@ -100,11 +101,13 @@ def resolve_integer_products(state: State) -> None:
     for node in state.nodes:
         for name in node.inputs:
             users.setdefault(name, []).append(node)
-    pending = [node for node in state.nodes if isinstance(node.op, Opaque) and node.op.reason == _PENDING]
-    for node in pending:
-        kind = node.op.name.partition(".")[2]
-        attributes = dict(state.integer_products.get(node.name, {}))
-        operation = Operation(kind, "", 0, attributes, node.inputs, node.outputs)
+    pending = [
+        (node, node.op.name.partition(".")[2])
+        for node in state.nodes
+        if isinstance(node.op, Opaque) and node.name in state.integer_products
+    ]
+    for node, kind in pending:
+        operation = Operation(kind, "", 0, state.integer_products[node.name], node.inputs, node.outputs)
         weight, zero = operation.input(1), operation.input(3)
         scale = _following_scale(state, users, node.outputs[0])
         word = "linear" if kind == "MatMulInteger" else f"conv{len(state.shape(weight) or ()) - 2}d"
@@ -116,15 +119,6 @@ def resolve_integer_products(state: State) -> None:
             _attach_matrix(state, operation, weight, scale, zero, emit=False)
         else:
             _attach_conv(state, operation, weight, scale, zero, emit=False)
-
-
-_PENDING = "integer product"
-
-
-def _pending(state: State, operation: Operation) -> None:
-    node = state.nodes[-1]
-    state.nodes[-1] = replace(node, op=Opaque(operation.full_name, _PENDING))
-    state.integer_products[node.name] = operation.attributes
 
 
 def _following_scale(state: State, users: dict[str, list[Node]], name: str) -> str:
@@ -179,7 +173,9 @@ def _attach_conv(
     kind = f"conv{len(shape) - 2}d"
     reason = _unknown(state, scale, zero)
     if reason or not 3 <= len(shape) <= 5:
-        state.skip(operation, weight, kind, reason or f"a convolution over {len(shape) - 2} axes is not supported")
+        state.skip(
+            operation, weight, kind, reason or f"a convolution over {len(shape) - 2} axes is not supported"
+        )
         return
     before, after = state.shape(operation.input(0)), state.shape(operation.name)
     geometry = conv_geometry(operation.attributes, shape[2:], before[2:] if before else None)

@@ -15,12 +15,16 @@ from spectool.graph.onnx.state import Dims, State
 Type = tuple[str, Dims | None]
 """Element type and shape; an empty type and None where unknown."""
 
+_FEW = 64
+"""Entries of a tensor other than integers up to which inference gets to see them (scales of a resize)."""
+
 # Fused operations of ONNX Runtime whose output has the shape and type of their first input.
-_LIKE_FIRST = frozenset(
+_LIKE_FIRST_NAMES = (
     "Gelu BiasGelu FastGelu QuickGelu SkipLayerNormalization SkipSimplifiedLayerNormalization LayerNormalization "
     "SimplifiedLayerNormalization SkipGroupNorm GroupNorm RotaryEmbedding QLinearAdd QLinearMul QLinearSigmoid "
-    "QLinearLeakyRelu Inverse Rfft BiasSoftmax BiasDropout".split()
+    "QLinearLeakyRelu Inverse Rfft BiasSoftmax BiasDropout"
 )
+_LIKE_FIRST = frozenset(_LIKE_FIRST_NAMES.split())
 # Fused operations with the shapes of a plain one: that one and its attributes.
 _LIKE_PLAIN: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "FusedConv": ("Conv", ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")),
@@ -52,13 +56,18 @@ def infer(state: State, node: Any, inputs: Sequence[str], version: int, ir_versi
         if element:
             types[raw] = helper.make_tensor_type_proto(element, state.shape(name))
             value = state.samples.get(name) if name in state.samples else state.constants.small(name)
-            if value is not None and value.dtype.name in ("int64", "int32", "float32", "bool"):
+            if value is not None and (value.dtype.name in ("int64", "int32") or value.size <= _FEW):
                 data[raw] = numpy_helper.from_array(value, raw)
     bare = onnx.NodeProto()
     bare.CopyFrom(node)
     try:
         found = shape_inference.infer_node_outputs(
-            schema, bare, types, data, opset_imports=[helper.make_opsetid(node.domain, version)], ir_version=ir_version
+            schema,
+            bare,
+            types,
+            data,
+            opset_imports=[helper.make_opsetid(node.domain, version)],
+            ir_version=ir_version,
         )
     except Exception:  # inference refuses what it cannot type; the rules behind treat it as unknown
         return unknown
@@ -74,28 +83,28 @@ def declared(value: Any, sizes: Mapping[str, int]) -> Type:
     if not kind.HasField("shape"):
         return element, None
     return element, tuple(
-        dim.dim_value if dim.HasField("dim_value") else sizes.get(dim.dim_param) for dim in kind.shape.dim
+        dim.dim_value if dim.dim_value > 0 else sizes.get(dim.dim_param) for dim in kind.shape.dim
     )
 
 
-def sample(state: State, node: Any, inputs: Sequence[str]) -> list[Array] | None:
-    """Return a node's outputs in a run on zeros where it computes small integers, else None.
+def sample(state: State, node: Any, inputs: Sequence[str]) -> list[Array]:
+    """Return a node's outputs in a run on zeros where it computes from small integers, else nothing.
 
     Some exporters compute sizes from integer inputs; inference needs a value for them.
     """
     names = [name for name in inputs if name]
     if not names or not any(name in state.samples for name in names):
-        return None
+        return []
     arrays = [
         None if not name else state.samples[name] if name in state.samples else state.constants.small(name)
         for name in inputs
     ]
     if any(name and array is None for name, array in zip(inputs, arrays, strict=True)):
-        return None
+        return []
     try:
         return state.constants.evaluator.run(node, arrays)
     except ValueError:
-        return None
+        return []
 
 
 def _type(proto: Any) -> Type:

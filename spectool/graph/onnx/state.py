@@ -50,7 +50,11 @@ class Operation:
 
     def call(self) -> Node:
         """Return the node that replays this operation."""
-        return Node(self.name, Call(self.full_name, dict(self.attributes), self.version), self.inputs, self.outputs)
+        attributes = dict(self.attributes)
+        if self.kind == "Split":
+            # How many pieces there are stands in no attribute before opset 18.
+            attributes.setdefault("num_outputs", len(self.outputs))
+        return Node(self.name, Call(self.full_name, attributes, self.version), self.inputs, self.outputs)
 
     def boundary(self, reason: str = "") -> Node:
         """Return the node that starts new roots."""
@@ -121,7 +125,11 @@ class State:
         if name not in self.constants:
             return False
         constant = self.constants[name]
-        return len(constant.shape) >= 2 and constant.numel > 1 and constant.dtype not in ("int64", "bool", "string")
+        return (
+            len(constant.shape) >= 2
+            and constant.numel > 1
+            and constant.dtype not in ("int64", "bool", "string")
+        )
 
     def label(self, name: str) -> str:
         """Return what a constant is called in a row key."""

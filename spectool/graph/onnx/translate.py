@@ -30,15 +30,16 @@ _NORMS = {
 """Normalisations by statistics of their input: kind of row, position of the scale."""
 
 # Nonlinear or integer operations of ONNX's own that may read a constant table without being a linear operator.
-_NO_MATRIX = frozenset(
-    "PRelu Pow Max Min Mod BitShift Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor Where Clip Range "
-    "OneHot ScatterND ScatterElements Scatter TopK NonMaxSuppression Compress Unique IsNaN IsInf QuantizeLinear "
-    "DequantizeLinear DynamicQuantizeLinear Add Sub Mul Div Sum Mean Concat Expand Tile Pad Slice Split If Loop Scan "
-    "Reshape Transpose Gather GatherND GatherElements Squeeze Unsqueeze Flatten Identity Cast CastLike Relu Sigmoid "
-    "Tanh Softmax LogSoftmax BitwiseAnd BitwiseOr BitwiseXor Trilu RoiAlign MaxRoiPool SequenceConstruct SequenceInsert "
-    "Erf Exp Log Sqrt Reciprocal Abs Neg Floor Ceil Round ReduceMax ReduceMin ReduceSum ReduceMean ReduceProd "
-    "ArgMax ArgMin CumSum EyeLike Shape Size ConstantOfShape TensorScatter Attention".split()
+_NO_MATRIX_NAMES = (
+    "PRelu Pow Max Min Mod BitShift Equal Greater Less GreaterOrEqual LessOrEqual And Or Xor Where Clip Range OneHot "
+    "ScatterND ScatterElements Scatter TopK NonMaxSuppression Compress Unique IsNaN IsInf QuantizeLinear "
+    "DequantizeLinear DynamicQuantizeLinear Add Sub Mul Div Sum Mean Concat Expand Tile Pad Slice Split Reshape "
+    "Transpose Gather GatherND GatherElements Squeeze Unsqueeze Flatten Identity Cast CastLike Relu Sigmoid Tanh "
+    "Softmax LogSoftmax BitwiseAnd BitwiseOr BitwiseXor Trilu RoiAlign MaxRoiPool SequenceConstruct SequenceInsert "
+    "Erf Exp Log Sqrt Reciprocal Abs Neg Floor Ceil Round ReduceMax ReduceMin ReduceSum ReduceMean ReduceProd ArgMax "
+    "ArgMin CumSum EyeLike Shape Size ConstantOfShape TensorScatter Attention"
 )
+_NO_MATRIX = frozenset(_NO_MATRIX_NAMES.split())
 
 
 def translate(state: State, operation: Operation) -> None:
@@ -138,7 +139,9 @@ def _dropout(state: State, operation: Operation) -> None:
     mode = operation.input(2)
     training = state.constants.small(mode) if mode else None
     ratio = state.constants.small(operation.input(1)) if operation.input(1) else None
-    active = bool(mode) and (training is None or bool(training)) and not (ratio is not None and float(ratio) == 0)
+    active = (
+        bool(mode) and (training is None or bool(training)) and not (ratio is not None and float(ratio) == 0)
+    )
     state.emit(operation.boundary() if active else operation.call())
 
 
@@ -173,7 +176,9 @@ def _unknown(state: State, operation: Operation) -> None:
 def _packed_attention(state: State, operation: Operation) -> None:
     weight = operation.input(3 if operation.kind == "QAttention" else 1)
     if state.is_matrix(weight):
-        state.skip(operation, weight, "linear", "its query, key and value weights are packed into one operation")
+        state.skip(
+            operation, weight, "linear", "its query, key and value weights are packed into one operation"
+        )
     state.emit(operation.boundary())
 
 

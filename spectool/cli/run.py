@@ -8,19 +8,19 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
-from spectool.cli.app import app
+from spectool.cli.commands import app
 from spectool.cli.config import Commands, Settable, load_defaults
 from spectool.cli.messages import say
 from spectool.errors import SpectoolError
 
 INTERNAL = 3
 INTERRUPTED = 130
-# Click's own errors, wherever it lives: newer versions of typer bundle it.
-_USAGE_ERROR, _CLICK_ERROR = typer.BadParameter.__mro__[1:3]
+# Click's own root of errors, wherever click lives: newer versions of typer bundle it.
+_CLICK_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,9 @@ def _run(args: list[str]) -> int:
     if "_SPECTOOL_COMPLETE" in os.environ:
         command(prog_name="spectool")
     if not args:
-        args = ["--help"]
+        with command.make_context("spectool", [], resilient_parsing=True) as context:
+            sys.stderr.write(f"{context.get_help()}\n")
+        return 2
     defaults: dict[str, dict[str, Any]] = {}
     if not {"-h", "--help", "--version"} & set(args):
         defaults, _ = load_defaults(Path.cwd(), settable(command))
@@ -99,20 +101,24 @@ def _report(error: BaseException, code: int, what: str, hint: str, args: list[st
 
 def _explain(error: Any) -> tuple[str, str]:
     """Return what and what to do, from one of click's errors."""
-    what = error.format_message().rstrip(".")
+    # Newer versions of typer speak through pydantic, which says more than anyone wants to know.
+    what = error.format_message().rstrip(".").replace("Value error, ", "").partition(", unable to parse")[0]
     what = what[:1].lower() + what[1:]
     near = getattr(error, "possibilities", None)
     if near:
         return what.partition(" (Possible")[0].partition(" Did you mean")[
             0
         ], f"did you mean {sorted(near)[0]}?"
-    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    source = context.get_parameter_source(param.name) if context is not None and param is not None else None
-    name = getattr(source, "name", "")
-    if name == "ENVIRONMENT":
-        return what, f"it comes from the environment: {param.envvar}={os.environ.get(param.envvar, '')}"
-    if name == "DEFAULT_MAP":
-        _, path = load_defaults(Path.cwd(), settable(context.find_root().command))
-        return what, f"it comes from {path}"
-    path = context.command_path if context is not None else "spectool"
-    return what, f"`{path} --help` shows how"
+    context: Any = getattr(error, "ctx", None)
+    param: Any = getattr(error, "param", None)
+    if context is None:
+        return what, "`spectool --help` shows how"
+    source = context.get_parameter_source(param.name) if param is not None else None
+    match getattr(source, "name", ""):
+        case "ENVIRONMENT":
+            hint = f"it comes from the environment: {param.envvar}={os.environ.get(param.envvar, '')}"
+        case "DEFAULT_MAP":
+            hint = f"it comes from {load_defaults(Path.cwd(), settable(context.find_root().command))[1]}"
+        case _:
+            hint = f"`{context.command_path} --help` shows how"
+    return what, hint

@@ -1,0 +1,81 @@
+"""Build the model that a Hugging Face ``config.json`` describes, on the meta device; none of its code is run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from spectool.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_TOKENS = 8
+
+
+def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
+    """Return the transformers model of a configuration, in evaluation mode, on the meta device.
+
+    Code that a repository ships beside its weights (``auto_map``) is never used.
+
+    Args:
+        config: The content of ``config.json``.
+
+    Raises:
+        UsageError: If transformers is not installed, does not know the model, or cannot build it.
+    """
+    import torch
+
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError(
+            "transformers is not installed", hint="python -m pip install 'spectool[transformers]'"
+        ) from error
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise UsageError("config.json names no model_type")
+    plain = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    try:
+        settings = transformers.AutoConfig.for_model(kind, **plain)
+        names = config.get("architectures") or []
+        cls = next((getattr(transformers, name) for name in names if hasattr(transformers, str(name))), None)
+        with torch.device("meta"):
+            module = cls(settings) if cls is not None else transformers.AutoModel.from_config(settings)
+    except Exception as error:  # whatever a library of hundreds of models raises
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise UsageError(f"transformers cannot build model_type {kind!r} ({type(error).__name__}: {text})") from error
+    return module.eval()
+
+
+def input_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return input name → shape for a transformers model, from its configuration.
+
+    The number of tokens is small and arbitrary: no spectrum depends on it.
+    """
+    config: Any = getattr(module, "config", None)
+    shapes: dict[str, tuple[int, ...]] = {}
+    vision = getattr(config, "vision_config", None) or config
+    name = str(getattr(module, "main_input_name", "input_ids"))
+    names = {name}
+    if getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None:
+        names |= {"input_ids", "pixel_values"}
+    if getattr(config, "is_encoder_decoder", False):
+        names.add("decoder_input_ids")
+    for wanted in sorted(names):
+        if wanted == "pixel_values":
+            size = getattr(vision, "image_size", 224)
+            height, width = size if isinstance(size, (list, tuple)) else (size, size)
+            shapes[wanted] = (1, int(getattr(vision, "num_channels", 3)), int(height), int(width))
+        elif wanted == "input_features":
+            shapes[wanted] = (
+                1,
+                int(getattr(config, "num_mel_bins", 80)),
+                2 * int(getattr(config, "max_source_positions", 1500)),
+            )
+        elif wanted == "input_values":
+            shapes[wanted] = (1, 16000)
+        else:
+            shapes[wanted] = (1, _TOKENS)
+    return shapes

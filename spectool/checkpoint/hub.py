@@ -1,0 +1,142 @@
+"""Weights in several files: shard indices and Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spectool.checkpoint.jsonfile import parse_object
+from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.source import Source
+from spectool.checkpoint.types import Checkpoint, TensorRef
+from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse, UnrecognisedFormat
+
+#: What a Hugging Face folder's weights are called, best first.
+_WEIGHTS = tuple(
+    f"{stem}{suffix}"
+    for stem in ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model")
+    for suffix in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+)
+_CONFIGS = {"config": "config.json", "adapter_config": "adapter_config.json"}
+
+#: Files that a refused folder may name as what was meant.
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".onnx", ".pt2", ".jit", ".index.json")
+
+Open = Callable[[Path], Checkpoint]
+
+
+def is_index(head: bytes) -> bool:
+    """Tell whether a file may be a JSON object, as a shard index is."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+
+
+def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | None:
+    """Read a shard index and the headers of its shards.
+
+    Args:
+        source: The index, a JSON object.
+        limits: Bounds on the index.
+        open_file: Opens one shard.
+
+    Returns:
+        The checkpoint; None if the JSON is no shard index.
+
+    Raises:
+        CorruptFile: If index and shards contradict each other, or a shard would lie outside the folder.
+        CheckpointError: If a shard is missing.
+    """
+    path = source.path
+    limits.check("header_bytes", source.size, f"{path}: the JSON text")
+    index = parse_object(source.read(0, source.size), str(path))
+    places = index.get("weight_map")
+    if not isinstance(places, dict):
+        return None
+    if not all(isinstance(file, str) for file in places.values()):
+        raise CorruptFile(f"{path}: weight_map does not map every name to a file name")
+    shards: dict[str, Checkpoint] = {}
+    for file in dict.fromkeys(places.values()):
+        if file != Path(file).name or "\\" in file or file in ("", ".", ".."):
+            raise CorruptFile(
+                f"{path}: the shard name {file!r} leaves the folder", hint="put all shards beside it"
+            )
+        if not (path.parent / file).exists():
+            raise CheckpointError(
+                f"{path}: shard {file!r} is missing", hint="download all shards into one folder"
+            )
+        shards[file] = open_file(path.parent / file)
+    tensors: dict[str, TensorRef] = {}
+    unread: dict[str, str] = {}
+    for name, file in places.items():
+        if name in shards[file].tensors:
+            tensors[name] = shards[file].tensors[name]
+        elif name in shards[file].unread:
+            unread[name] = shards[file].unread[name]
+        else:
+            raise CorruptFile(
+                f"{path}: shard {file!r} has no tensor {name!r}", hint="download index and shards again"
+            )
+    if not (tensors or unread):
+        raise NothingToAnalyse(
+            f"{path}: a shard index without a single tensor", hint="name a file that holds weights"
+        )
+    extra = sum(name not in places for shard in shards.values() for name in shard.tensors)
+    notes = (f"{extra} tensors of the shards are not in the index: left out",) if extra else ()
+    kinds = {shard.format for shard in shards.values()}
+    form = "safetensors-sharded" if kinds == {"safetensors"} else "torch-sharded"
+    aliases = {}
+    metadata: dict[str, Any] = {}
+    for shard in shards.values():
+        # Names are tied only inside one shard.
+        aliases.update(
+            {name: first for name, first in shard.aliases.items() if {name, first} <= tensors.keys()}
+        )
+        metadata.update(shard.metadata)
+    metadata["index"] = index.get("metadata") or {}
+    readers = {path.parent / file: shard.reader for file, shard in shards.items()}
+
+    def read(ref: TensorRef) -> Any:
+        reader = readers[ref.file]
+        if reader is None:
+            raise ValueError(f"{ref.file} was opened without a reader")
+        return reader(ref)
+
+    return Checkpoint(path, form, tensors, aliases, metadata, None, notes, read, unread)
+
+
+def open_folder(path: Path, open_file: Open) -> Checkpoint:
+    """Read a Hugging Face folder: the weights under their usual name, sharded or not, with their JSON.
+
+    Raises:
+        UnrecognisedFormat: If there are no weights under a usual name; the hint lists files that could be meant.
+    """
+    for name in _WEIGHTS:
+        if (path / name).is_file():
+            return replace(open_file(path / name), path=path, format="huggingface")
+    try:
+        files = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_SUFFIXES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    hint = f"name one of its files: {', '.join(files[:8])}" if files else "name a checkpoint file"
+    raise UnrecognisedFormat(f"{path} is a folder without weights under a Hugging Face name", hint=hint)
+
+
+def beside(path: Path, limits: Limits) -> dict[str, Any]:
+    """Return the JSON that Hugging Face puts beside weights, by its name in ``Checkpoint.metadata``.
+
+    Only for files under a usual name: a ``config.json`` beside any other file says nothing about it.
+
+    Raises:
+        CorruptFile, LimitExceeded: If such a file is damaged or too large.
+    """
+    if path.name not in _WEIGHTS:
+        return {}
+    found = {}
+    for key, name in _CONFIGS.items():
+        file = path.parent / name
+        if file.is_file():
+            source = Source(file)
+            limits.check("header_bytes", source.size, f"{file}: the JSON text")
+            found[key] = parse_object(source.read(0, source.size), str(file))
+    return found

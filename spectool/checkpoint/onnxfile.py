@@ -1,0 +1,287 @@
+"""ONNX models: initializers and constants of every graph in them, and the data files beside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from spectool.checkpoint.dtypes import ITEMSIZE, ONNX, ONNX_BITS, STORED_AS
+from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.read import Reader, row_major
+from spectool.checkpoint.source import Source
+from spectool.checkpoint.types import Checkpoint, TensorRef
+from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+_EXTERNAL = 1
+_GRAPH = 5
+_GRAPHS = 10
+_OPSETS_SINCE = 3
+_BRANCHES = {"then_branch": "then.", "else_branch": "else."}
+
+
+def named_tensors(model: onnx.ModelProto) -> list[tuple[str, Any]]:
+    """Return every initializer and constant of a model, in all its graphs, under unique checkpoint keys.
+
+    A tensor goes by its own name: an initializer's, or the output of its Constant node. Names that occur more than
+    once (SSA only makes them unique per graph) get the prefix of their graph: empty for the main graph,
+    ``label.then.`` and ``label.else.`` in the branches of an If, ``label.`` in another body, ``domain.name.`` in a
+    local function, after the prefix of the graph around it; the label is the node's name, or its first output. What
+    still occurs again gets ``#2``, ``#3``….
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        (key, ``TensorProto``, ``SparseTensorProto`` or, for a Constant node that holds plain numbers,
+        ``AttributeProto``), in the order of the graphs.
+    """
+    found = [(prefix, name, tensor) for prefix, graph in _graphs(model) for name, tensor in _stored(graph)]
+    uses = Counter(name for _, name, _ in found)
+    taken: Counter[str] = Counter()
+    named = []
+    for prefix, name, tensor in found:
+        key = name if uses[name] == 1 else prefix + name
+        taken[key] += 1
+        named.append((key if taken[key] == 1 else f"{key}#{taken[key]}", tensor))
+    return named
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, Any]]:
+    """Yield prefix and graph: the main one, then bodies where their nodes stand, then local functions."""
+    pending: list[tuple[str, Any]] = [("", model.graph)]
+    pending += [(f"{function.domain}.{function.name}.", function) for function in model.functions]
+    while pending:
+        prefix, graph = pending.pop(0)
+        yield prefix, graph
+        inner = []
+        for node in graph.node:
+            label = node.name or next(iter(node.output), node.op_type)
+            # Some exporters write the else branch first.
+            for attribute in sorted(node.attribute, key=lambda attribute: attribute.name != "then_branch"):
+                bodies = [attribute.g] if attribute.type == _GRAPH else []
+                bodies += attribute.graphs if attribute.type == _GRAPHS else []
+                branch = _BRANCHES.get(attribute.name, "") if node.op_type == "If" else ""
+                inner += [(f"{prefix}{label}.{branch}", body) for body in bodies]
+        pending[:0] = inner
+
+
+def _stored(graph: Any) -> Iterator[tuple[str, Any]]:
+    for index, tensor in enumerate(getattr(graph, "initializer", ())):
+        yield tensor.name or f"initializer_{index}", tensor
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield sparse.values.name, sparse
+    for index, node in enumerate(graph.node):
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            name = next(iter(node.output), "") or f"constant_{index}"
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    yield name, attribute.t
+                elif attribute.name == "sparse_value":
+                    yield name, attribute.sparse_tensor
+                elif attribute.name.startswith("value_"):
+                    yield name, attribute
+
+
+@dataclass
+class _Contents:
+    """What was found so far in one model."""
+
+    source: Source
+    limits: Limits
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    inside: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    files: dict[Path, Source] = field(default_factory=dict)
+
+
+def open_onnx(source: Source, limits: Limits) -> Checkpoint:
+    """Read an ONNX model without its external data.
+
+    Raises:
+        CorruptFile: If it is no valid protobuf, or external data is missing, too short or outside the folder.
+        LimitExceeded: If the model itself is too large.
+        NothingToAnalyse: If it holds no tensor.
+    """
+    path = source.path
+    limits.check("model_bytes", source.size, f"{path}: the ONNX model")
+    model = _parse(source)
+    contents = _Contents(source, limits)
+    tensors = named_tensors(model)
+    limits.check("names", len(tensors), f"{path}: the number of tensors")
+    for key, proto in tensors:
+        if hasattr(proto, "data_type"):
+            _add_tensor(contents, key, proto)
+        elif hasattr(proto, "indices"):
+            contents.unread[key] = "a sparse tensor"
+        else:
+            _add_numbers(contents, key, proto)
+    if not (contents.tensors or contents.unread):
+        raise NothingToAnalyse(
+            f"{path}: an ONNX model without a single tensor", hint="name a model with weights"
+        )
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    facts = {"ir_version": model.ir_version, "producer": model.producer_name, "opsets": opsets}
+    facts["metadata_props"] = {entry.key: entry.value for entry in model.metadata_props}
+    return Checkpoint(
+        path,
+        "onnx",
+        contents.tensors,
+        {},
+        {"onnx": facts},
+        model,
+        (),
+        Reader({path: source, **contents.files}, contents.inside),
+        contents.unread,
+    )
+
+
+def _parse(source: Source) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(source.read(0, source.size, "the ONNX model"))
+    except (DecodeError, RecursionError) as error:
+        raise CorruptFile(
+            f"{source.path} begins like an ONNX model but does not parse ({error})",
+            hint="copy or download it again",
+        ) from error
+    if not model.HasField("graph") or not (model.graph.node or model.graph.initializer):
+        raise CorruptFile(f"{source.path} begins like an ONNX model but has no graph", hint="copy it again")
+    if model.ir_version >= _OPSETS_SINCE and not model.opset_import:
+        raise CorruptFile(
+            f"{source.path}: the ONNX model does not say which operator set it uses",
+            hint="the file was cut short: copy or download it again",
+        )
+    return model
+
+
+def _add_tensor(contents: _Contents, key: str, proto: Any) -> None:
+    path = contents.source.path
+    dtype = ONNX.get(proto.data_type)
+    shape = tuple(proto.dims)
+    if dtype is None or min(shape, default=0) < 0:
+        contents.unread[key] = (
+            "strings" if proto.data_type == 8 else f"of ONNX type {proto.data_type}, shape {shape}"
+        )
+        return
+    count = 1
+    for size in shape:
+        count *= size
+    bits = ONNX_BITS.get(dtype) or 8 * ITEMSIZE[dtype]
+    nbytes = (count * bits + 7) // 8
+    stride = row_major(shape)
+    if proto.data_location != _EXTERNAL:
+        contents.limits.check("model_bytes", nbytes, f"{path}: tensor {key!r}")
+        contents.inside[key] = partial(_from_proto, path, key, proto, dtype)
+        contents.tensors[key] = TensorRef(key, dtype, shape, stride, path, key, 0, key, nbytes, -1)
+        return
+    file, offset, length = _external(contents, key, proto)
+    if length is not None and length != nbytes:
+        raise CorruptFile(
+            f"{path}: tensor {key!r} needs {nbytes} bytes of external data, {length} are declared"
+        )
+    data = contents.files.get(file)
+    if data is None:
+        data = contents.files[file] = Source(file)
+    if offset + nbytes > data.size:
+        raise CorruptFile(
+            f"{file} ends after {data.size} bytes; tensor {key!r} needs {offset + nbytes}",
+            hint="the data file was cut short or belongs to another model: copy it again",
+        )
+    if dtype in ONNX_BITS:
+        contents.unread[key] = f"packed {dtype} in external data"
+        return
+    storage = f"{file.name}:{offset}"
+    contents.tensors[key] = TensorRef(key, dtype, shape, stride, file, "", offset, storage, nbytes)
+
+
+def _external(contents: _Contents, key: str, proto: Any) -> tuple[Path, int, int | None]:
+    """Return file, offset and length of external data; refuse every path that could leave the model's folder."""
+    path = contents.source.path
+    entries = {entry.key: entry.value for entry in proto.external_data}
+    location = entries.get("location", "")
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries["length"]) if "length" in entries else None
+    except ValueError:
+        offset, length = -1, None
+    if offset < 0 or (length is not None and length < 0):
+        raise CorruptFile(f"{path}: tensor {key!r} has external data at an impossible offset or length")
+    windows = PureWindowsPath(location)
+    parts = PurePosixPath(location.replace("\\", "/")).parts
+    unsafe = (
+        not parts or ".." in parts or location.startswith(("/", "\\")) or windows.drive or "\0" in location
+    )
+    folder = path.parent.resolve()
+    file = path.parent.joinpath(*parts) if not unsafe else path
+    if unsafe or not file.resolve().is_relative_to(folder):
+        raise CorruptFile(
+            f"{path}: external data of tensor {key!r} lies outside the model's folder ({location!r})",
+            hint="put the data file beside the model and save the model again",
+        )
+    if not file.exists():
+        raise CheckpointError(
+            f"{path}: external data file {location!r} is missing", hint="copy it into the model's folder"
+        )
+    return file, offset, length
+
+
+def _add_numbers(contents: _Contents, key: str, attribute: Any) -> None:
+    """Add a Constant node that holds numbers instead of a tensor."""
+    kinds = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+    dtype = kinds.get(attribute.name)
+    if dtype is None:
+        contents.unread[key] = "strings"
+        return
+    many = attribute.name.endswith("s")
+    if many:
+        values = list(attribute.floats if dtype == "float32" else attribute.ints)
+    else:
+        values = [attribute.f if dtype == "float32" else attribute.i]
+    shape = (len(values),) if many else ()
+    path = contents.source.path
+    contents.inside[key] = partial(_from_numbers, values, shape, dtype)
+    nbytes = len(values) * ITEMSIZE[dtype]
+    contents.tensors[key] = TensorRef(key, dtype, shape, row_major(shape), path, key, 0, key, nbytes, -1)
+
+
+def _from_numbers(values: list[float] | list[int], shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=getattr(torch, dtype)).reshape(shape)
+
+
+def _from_proto(path: Path, key: str, proto: Any, dtype: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+    from onnx import numpy_helper
+
+    from spectool.checkpoint.dtypes import torch_dtype
+
+    try:
+        array = numpy_helper.to_array(proto)
+    except (ValueError, TypeError) as error:
+        raise CorruptFile(f"{path}: tensor {key!r} has other bytes than its shape says ({error})") from error
+    target = torch_dtype(dtype)
+    if dtype in STORED_AS:
+        array = array.astype(STORED_AS[dtype])
+    elif array.dtype.name not in _NUMPY_TYPES:
+        # bfloat16 and float8 come as types that torch does not know; float32 holds all their values exactly.
+        array = array.astype(np.float32)
+    return torch.from_numpy(np.array(array, order="C")).to(target).reshape(tuple(proto.dims))
+
+
+_NUMPY_TYPES = {
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}

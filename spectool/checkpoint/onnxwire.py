@@ -1,0 +1,51 @@
+"""Tell an ONNX model by the layout of its bytes, without importing onnx."""
+
+from __future__ import annotations
+
+from spectool.checkpoint.source import Source
+from spectool.errors import CorruptFile
+
+#: Top-level fields of a ModelProto by wire type: 0 is a number, 2 is a block of bytes.
+_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
+_VERSION_FIELD, _GRAPH_FIELD = 1, 7
+
+
+def is_onnx(source: Source) -> bool:
+    """Tell whether the bytes are laid out like an ONNX model, without parsing it.
+
+    Walks the top-level fields by their lengths: all must be fields of a model, a version and a graph among them.
+
+    Raises:
+        CorruptFile: If everything fits but the graph ends after the file.
+    """
+    position = 0
+    seen: set[int] = set()
+    while position < source.size:
+        head = source.read(position, min(20, source.size - position))
+        tag, used = _varint(head)
+        number, wire = tag >> 3, tag & 7
+        if used == 0 or _FIELDS.get(number) != wire or (not seen and number not in (1, 2, 8)):
+            return False
+        value, more = _varint(head[used:])
+        if more == 0 or (number == _VERSION_FIELD and not 1 <= value <= 1000):
+            return False
+        position += used + more + (value if wire == 2 else 0)
+        seen.add(number)
+        if position > source.size:
+            if number == _GRAPH_FIELD and _VERSION_FIELD in seen:
+                raise CorruptFile(
+                    f"{source.path} ends after {source.size} bytes; its ONNX graph needs {position}",
+                    hint="the file was cut short: copy or download it again",
+                )
+            return False
+    return {_VERSION_FIELD, _GRAPH_FIELD} <= seen
+
+
+def _varint(data: bytes) -> tuple[int, int]:
+    """Return a protobuf number and how many bytes it takes; 0 bytes if it is not all there."""
+    value = 0
+    for index, octet in enumerate(data[:10]):
+        value |= (octet & 0x7F) << (7 * index)
+        if octet < 0x80:
+            return value, index + 1
+    return 0, 0

@@ -1,0 +1,216 @@
+"""Find every operator of an ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from spectool.errors import GraphError
+from spectool.graph.onnx.constants import Constants, dtype_name
+from spectool.graph.onnx.evaluate import Array, Evaluator
+from spectool.graph.onnx.inputs import declared_shape, example_shapes, missing_size, resolve_inputs
+from spectool.graph.onnx.quantised import resolve_integer_products
+from spectool.graph.onnx.state import Dims, State
+from spectool.graph.onnx.walk import Walk
+from spectool.graph.regions import survey_graph
+from spectool.graph.roles import Known
+from spectool.graph.rules import ONNX_RULES
+from spectool.graph.types import BatchNorm, Call, Conv, Graph, Node, Region, Skipped, Survey
+
+if TYPE_CHECKING:
+    from spectool.checkpoint.types import Checkpoint
+
+_SAMPLE = 4096
+
+
+def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]] | None = None) -> Survey:
+    """Find every operator of an ONNX model at its real input sizes.
+
+    Functions are inlined, bodies of control flow are followed, and everything that does not depend on the inputs
+    is folded; weights are not read until the survey's ``load`` asks for them. An open batch axis is 1.
+
+    Args:
+        checkpoint: An open ONNX file; its ``program`` is the ``ModelProto``.
+        inputs: Input name → shape with the batch axis; the name ``""`` means the only input.
+
+    Raises:
+        UsageError: If the inputs do not fit, or an operator's size depends on one that is open.
+        GraphError: If the model cannot be followed.
+    """
+    model = checkpoint.program
+    if not isinstance(model, onnx.ModelProto):
+        raise GraphError(f"{checkpoint.path} holds no ONNX graph")
+    notes: list[str] = []
+    graph_proto = _inlined(model, notes)
+    stored = {tensor.name for tensor in graph_proto.initializer}
+    stored |= {sparse.values.name for sparse in graph_proto.sparse_initializer}
+    declared = {
+        value.name: (declared_shape(value), dtype_name(value.type.tensor_type.elem_type))
+        for value in graph_proto.input
+        if value.name not in stored
+    }
+    dims = {name: shape for name, (shape, _) in declared.items()}
+    resolved, sizes = resolve_inputs(dims, inputs)
+
+    def survey(shapes: Mapping[str, Dims | None]) -> tuple[Survey, list[str]]:
+        typed = {name: (declared[name][1], shape) for name, shape in shapes.items()}
+        return _survey(checkpoint, model, graph_proto, typed, sizes, notes)
+
+    found, unsized = survey(resolved)
+    if unsized and any(shape is None or None in shape for shape in resolved.values()):
+        # Whether the open sizes are to blame shows when they are filled in.
+        still = survey(example_shapes(resolved))[1] if inputs else []
+        if set(still) != set(unsized):
+            raise missing_size(unsized[0], dims, resolved)
+    return replace(found, items=tuple(_explained(item) for item in found.items))
+
+
+def _survey(
+    checkpoint: Checkpoint,
+    model: onnx.ModelProto,
+    graph_proto: onnx.GraphProto,
+    inputs: Mapping[str, tuple[str, Dims | None]],
+    sizes: Mapping[str, int],
+    notes: Sequence[str],
+) -> tuple[Survey, list[str]]:
+    """Return the survey for inputs of given types and shapes, and what has no size."""
+    versions = {
+        ("" if item.domain == "ai.onnx" else item.domain): item.version for item in model.opset_import
+    }
+    state = State(Constants(checkpoint, Evaluator(versions)), notes=list(notes))
+    walk = Walk(state, versions, model.ir_version, sizes)
+    scope = {}
+    for name, (dtype, shape) in inputs.items():
+        scope[name] = walk.unique(name, "")
+        walk.value(name, (dtype, shape))
+        _sample_input(state, name, dtype, shape)
+    outputs = walk.graph(graph_proto, scope)
+    resolve_integer_products(state)
+    graph = _graph(state, list(inputs), outputs)
+    _note_unused(state, graph)
+    known = Known(
+        load=state.constants.load,
+        rules=ONNX_RULES,
+        labels=state.labels,
+        assumed=state.assumed,
+        extras={name: tuple(items) for name, items in state.extras.items()},
+        move=_mover(state),
+        provenance=state.constants.provenance,
+    )
+    survey = survey_graph(graph, known, source="onnx", notes=state.notes)
+    unsized = [
+        item.key
+        for item in survey.items
+        if isinstance(item, Region) and item.in_shape is None and isinstance(item.nodes[0].op, Conv)
+    ]
+    return survey, unsized + state.unsized
+
+
+def _inlined(model: onnx.ModelProto, notes: list[str]) -> onnx.GraphProto:
+    """Return the graph with the model's own functions replaced by their bodies; weights are not copied."""
+    if not model.functions:
+        return model.graph
+    from onnx import inliner
+
+    light = onnx.ModelProto(ir_version=model.ir_version)
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.name = model.graph.name
+    light.graph.node.extend(model.graph.node)
+    light.graph.output.extend(model.graph.output)
+    light.graph.value_info.extend(model.graph.value_info)
+    named = {value.name for value in model.graph.input}
+    light.graph.input.extend(model.graph.input)
+    light.graph.input.extend(
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.name not in named
+    )
+    try:
+        inlined = inliner.inline_local_functions(light)
+    except Exception as error:  # the inliner raises whatever its C++ side throws
+        raise GraphError(f"the model's functions cannot be inlined: {error}") from error
+    graph = inlined.graph
+    del graph.input[len(model.graph.input) :]
+    graph.initializer.extend(model.graph.initializer)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    notes.append(f"inlined {len(model.functions)} functions of the model")
+    return graph
+
+
+def _sample_input(state: State, name: str, dtype: str, shape: Dims | None) -> None:
+    """Give an integer input zeros: exporters compute sizes from such inputs."""
+    if shape is None or not dtype.startswith(("int", "uint", "bool")):
+        return
+    sizes = [size for size in shape if size is not None]
+    if len(sizes) == len(shape) and np.prod(sizes, dtype=np.int64) <= _SAMPLE:
+        state.samples[name] = np.zeros(sizes, np.dtype(dtype))
+
+
+def _graph(state: State, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
+    constants = {name: constant.shape for name, constant in state.constants.table.items()}
+    return Graph(
+        nodes=tuple(state.nodes),
+        values=state.values,
+        inputs=tuple(inputs),
+        outputs=tuple(dict.fromkeys(outputs)),
+        constants={**state.constants.stored_shapes, **constants},
+        origins={
+            name: constant.origins for name, constant in state.constants.table.items() if constant.origins
+        },
+    )
+
+
+def _mover(state: State) -> Any:
+    def move(node: Node, arrays: Sequence[Array | None]) -> Sequence[Array]:
+        if not isinstance(node.op, Call):
+            raise ValueError(f"{node.name} moves nothing")
+        attributes = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in node.op.attributes.items()
+            if value != () and name != "num_outputs"
+        }
+        if "num_outputs" in node.op.attributes and node.op.opset >= 18 and len(node.inputs) < 2:
+            attributes["num_outputs"] = node.op.attributes["num_outputs"]
+        proto = helper.make_node(node.op.name.partition(".")[2], node.inputs, node.outputs, **attributes)
+        full = [
+            array if array is not None or not name else state.constants.value(name)
+            for array, name in zip(arrays, node.inputs, strict=True)
+        ]
+        return state.constants.evaluator.run(proto, full, node.op.opset)
+
+    return move
+
+
+def _note_unused(state: State, graph: Graph) -> None:
+    """Say which stored matrices no operation uses."""
+    used = {origin for node in graph.nodes for name in node.inputs for origin in graph.origins.get(name, ())}
+    used |= {origin for name in graph.outputs for origin in graph.origins.get(name, ())}
+    unused = [
+        name
+        for name, constant in state.constants.table.items()
+        if constant.node is None
+        and not constant.depth
+        and len(constant.shape) >= 2
+        and constant.dtype.startswith(("float", "bfloat"))
+        and not used.intersection(constant.origins)
+    ]
+    if unused:
+        shown = ", ".join(unused[:5]) + (", …" if len(unused) > 5 else "")
+        state.notes.append(
+            f"{len(unused)} stored matrices are used by nothing that depends on the inputs: {shown}"
+        )
+
+
+def _explained(item: Region | Skipped) -> Region | Skipped:
+    if isinstance(item, Skipped) or (item.in_shape is not None and item.out_shape is not None):
+        return item
+    if len(item.nodes) == 1 and isinstance(item.nodes[0].op, BatchNorm):
+        return replace(item, in_shape=None, out_shape=None, assumed=(*item.assumed, "any input size"))
+    reason = "its input size cannot be inferred"
+    return Skipped(item.key, item.kind, item.weights, item.weight_shapes, reason, operators=item.operators)

@@ -1,0 +1,294 @@
+"""Walk an ONNX graph in order: fold what is constant, infer shapes, translate the rest, enter bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, GraphProto, TensorProto, helper, numpy_helper
+
+from spectool.errors import GraphError
+from spectool.graph.onnx.shapes import Type, declared, infer, sample
+from spectool.graph.onnx.state import Dims, Operation, State
+from spectool.graph.onnx.translate import translate
+from spectool.graph.types import Node, Opaque, Value
+
+_DEEPEST_BODY = 64
+_GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+_CONSTANT_VALUES = ("value", "value_float", "value_floats", "value_int", "value_ints", "sparse_value")
+
+
+@dataclass
+class Walk:
+    """One walk over a model.
+
+    Attributes:
+        state: What is known; grows.
+        versions: Domain → opset version.
+        ir_version: IR version of the model.
+        sizes: Named dimension → size.
+        taken: Unique names in use.
+        bodies: How often each prefix of a body's checkpoint keys occurred.
+    """
+
+    state: State
+    versions: Mapping[str, int]
+    ir_version: int
+    sizes: Mapping[str, int]
+    taken: set[str] = field(default_factory=set)
+    bodies: dict[str, int] = field(default_factory=dict)
+
+    def graph(self, proto: GraphProto, scope: dict[str, str], prefix: str = "", depth: int = 0) -> list[str]:
+        """Walk a graph or body whose inputs are in ``scope`` already; return unique names of its outputs.
+
+        Args:
+            proto: The graph.
+            scope: Names as written → unique names, outer ones included; grows.
+            prefix: What the checkpoint puts before the names of this body's tensors.
+            depth: How many bodies this one lies in.
+
+        Raises:
+            GraphError: If the graph cannot be followed.
+        """
+        if depth > _DEEPEST_BODY:
+            raise GraphError(f"control flow is nested more than {_DEEPEST_BODY} deep")
+        for tensor in proto.initializer:
+            name = scope[tensor.name] = self.unique(tensor.name, prefix)
+            self.state.constants.store(name, tensor, prefix + tensor.name)
+        for sparse in proto.sparse_initializer:
+            name = scope[sparse.values.name] = self.unique(sparse.values.name, prefix)
+            self.state.constants.put(name, _dense(sparse), (name,))
+        stated = {value.name: value for value in (*proto.value_info, *proto.output)}
+        for node in proto.node:
+            self._node(node, scope, stated, prefix, depth)
+        return [self._resolve(value.name, scope, "the graph's outputs") for value in proto.output]
+
+    def unique(self, raw: str, prefix: str) -> str:
+        """Return a name that is not in use yet, ``raw`` itself if possible."""
+        name = raw
+        if name in self.taken:
+            name = f"{prefix}{raw}"
+        number = 2
+        while name in self.taken:
+            name, number = f"{prefix}{raw}~{number}", number + 1
+        self.taken.add(name)
+        return name
+
+    def value(self, name: str, kind: Type) -> None:
+        """Record a value that flows."""
+        dtype, shape = kind
+        self.state.values[name] = Value(name, shape, dtype)
+
+    def _resolve(self, raw: str, scope: Mapping[str, str], reader: str) -> str:
+        if not raw:
+            return ""
+        if raw not in scope:
+            raise GraphError(f"{reader} reads {raw!r}, which nothing before it writes")
+        return scope[raw]
+
+    def _node(
+        self, node: Any, scope: dict[str, str], stated: Mapping[str, Any], prefix: str, depth: int
+    ) -> None:
+        where = f"{node.op_type} {node.name!r}"
+        inputs = tuple(self._resolve(raw, scope, where) for raw in node.input)
+        if node.op_type == "If" and not node.domain:
+            self._if(node, inputs, scope, prefix, depth)
+            return
+        outputs = tuple(self.unique(raw, prefix) if raw else "" for raw in node.output)
+        if any(attribute.type in _GRAPHS for attribute in node.attribute):
+            self._loop(node, inputs, outputs, scope, prefix, depth)
+        elif not self._constant(node, inputs, outputs, prefix):
+            self._flow(node, inputs, outputs, stated)
+        scope.update((raw, name) for raw, name in zip(node.output, outputs, strict=True) if raw)
+
+    def _version(self, domain: str) -> int:
+        return self.versions.get("" if domain == "ai.onnx" else domain, 1)
+
+    def _constant(self, node: Any, inputs: Sequence[str], outputs: Sequence[str], prefix: str) -> bool:
+        """Add the outputs of a node to the constants if they do not depend on the model's inputs."""
+        state = self.state
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain:
+            return False
+        if node.op_type == "Constant":
+            return self._stored_constant(node, outputs[0], prefix + node.output[0])
+        if node.op_type in ("Shape", "Size") and inputs and not state.constant(inputs[0]):
+            return self._known_shape(node, inputs[0], outputs[0])
+        if not any(inputs) or not all(state.constant(name) for name in inputs if name):
+            return False
+        types = infer(state, node, inputs, self._version(""), self.ir_version)
+        return state.constants.fold(node, inputs, outputs, types)
+
+    def _stored_constant(self, node: Any, name: str, key: str) -> bool:
+        for attribute in node.attribute:
+            if attribute.name not in _CONSTANT_VALUES:
+                continue
+            value = helper.get_attribute_value(attribute)
+            match attribute.name:
+                case "value":
+                    if value.data_type == TensorProto.STRING:
+                        return False
+                    self.state.constants.store(name, value, key)
+                case "sparse_value":
+                    self.state.constants.put(name, _dense(value), (name,))
+                case "value_float" | "value_floats":
+                    self.state.constants.put(name, np.array(value, np.float32), (name,))
+                case _:
+                    self.state.constants.put(name, np.array(value, np.int64), (name,))
+            return True
+        return False
+
+    def _known_shape(self, node: Any, source: str, output: str) -> bool:
+        shape = self.state.shape(source)
+        if shape is None:
+            return False
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "Shape":
+            shape = shape[slice(attributes.get("start", 0), attributes.get("end"))]
+        sizes = [size for size in shape if size is not None]
+        if len(sizes) < len(shape):
+            return False
+        value = np.array(sizes, np.int64)
+        self.state.constants.put(
+            output, value if node.op_type == "Shape" else np.array(value.prod(), np.int64)
+        )
+        return True
+
+    def _flow(
+        self, node: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], stated: Mapping[str, Any]
+    ) -> None:
+        """Translate a node that depends on the model's inputs."""
+        state = self.state
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        version = self._version(domain)
+        types = infer(state, node, inputs, version, self.ir_version)
+        for name, value in zip(outputs, sample(state, node, inputs), strict=False):
+            if name and value.dtype.name in ("int64", "int32", "bool"):
+                state.samples[name] = value
+        for raw, name, kind in zip(node.output, outputs, types, strict=False):
+            if not name:
+                continue
+            if kind[1] is None and raw in stated:
+                stated_type = declared(stated[raw], self.sizes)
+                kind = (kind[0] or stated_type[0], stated_type[1])
+            self.value(name, kind)
+        attributes = _plain_attributes(node)
+        translate(state, Operation(node.op_type, domain, version, attributes, inputs, outputs))
+
+    def _if(self, node: Any, inputs: tuple[str, ...], scope: dict[str, str], prefix: str, depth: int) -> None:
+        """Follow a branch whose condition is constant; else follow both, and start new roots behind them."""
+        bodies = {name: (body, inner) for name, body, inner in self._bodies(node, prefix)}
+        if not {"then_branch", "else_branch"} <= set(bodies):
+            raise GraphError(f"If {node.name!r} has no two branches")
+        branches = [bodies["then_branch"], bodies["else_branch"]]
+        label = node.name or next(iter(node.output), "If")
+        condition = self.state.constants.small(inputs[0])
+        if condition is not None:
+            chosen, (left_out, _) = branches if bool(condition.reshape(-1)[0]) else reversed(branches)
+            if _holds_weights(left_out):
+                self.state.notes.append(f"{label}: its condition is constant, so one branch is left out")
+            branches = [chosen]
+        found = [self.graph(body, dict(scope), inner, depth + 1) for body, inner in branches]
+        if any(len(names) < len(node.output) for names in found):
+            raise GraphError(f"If {label!r} has a branch with too few outputs")
+        if condition is not None:
+            scope.update(zip(node.output, found[0], strict=False))
+            return
+        outputs = [self.unique(raw, prefix) for raw in node.output]
+        for name, sources in zip(outputs, zip(*found, strict=False), strict=False):
+            self.value(name, self._either([self._type(source) for source in sources]))
+        read = (inputs[0], *(name for names in found for name in names))
+        self.state.emit(Node(outputs[0], Opaque("onnx.If"), read, tuple(outputs)))
+        scope.update(zip(node.output, outputs, strict=True))
+
+    def _loop(
+        self,
+        node: Any,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        scope: dict[str, str],
+        prefix: str,
+        depth: int,
+    ) -> None:
+        """Follow the bodies of a loop once; their inputs and the loop's outputs are new roots."""
+        finals: list[str] = []
+        for _, body, within in self._bodies(node, prefix):
+            inner = dict(scope)
+            names = [self.unique(value.name, within) for value in body.input]
+            for name, value in zip(names, body.input, strict=True):
+                inner[value.name] = name
+                self.value(name, declared(value, self.sizes))
+            if names:
+                self.state.emit(Node(names[0], Opaque(f"onnx.{node.op_type}"), inputs, tuple(names)))
+            finals += self.graph(body, inner, within, depth + 1)
+        for name in outputs:
+            if name:
+                self.value(name, ("", None))
+        self.state.emit(Node(outputs[0], Opaque(f"onnx.{node.op_type}"), (*inputs, *finals), outputs))
+
+    def _bodies(self, node: Any, prefix: str) -> list[tuple[str, GraphProto, str]]:
+        """Return attribute, body and checkpoint prefix of every graph in a node, as the checkpoint counts them."""
+        label = node.name or (node.output[0] if node.output else node.op_type)
+        found = []
+        for attribute in node.attribute:
+            bodies = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
+            for body in bodies if attribute.type in _GRAPHS else []:
+                inner = f"{prefix}{label}.{attribute.name}."
+                self.bodies[inner] = count = self.bodies.get(inner, 0) + 1
+                found.append((attribute.name, body, inner if count == 1 else f"{inner[:-1]}#{count}."))
+        return found
+
+    def _type(self, name: str) -> Type:
+        return self.state.dtype(name), self.state.shape(name)
+
+    @staticmethod
+    def _either(types: Sequence[Type]) -> Type:
+        """Return what is sure of a value that has one of some types."""
+        (dtype, shape), *rest = types
+        for other_dtype, other in rest:
+            dtype = dtype if dtype == other_dtype else ""
+            if shape is None or other is None or len(shape) != len(other):
+                return dtype, None
+            merged: Dims = tuple(a if a == b else None for a, b in zip(shape, other, strict=True))
+            shape = merged
+        return dtype, shape
+
+
+def _plain_attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes that are numbers, texts or lists of them."""
+    plain: dict[str, Any] = {}
+    for attribute in node.attribute:
+        value = helper.get_attribute_value(attribute)
+        match attribute.type:
+            case AttributeProto.INT | AttributeProto.FLOAT:
+                plain[attribute.name] = value
+            case AttributeProto.INTS | AttributeProto.FLOATS:
+                plain[attribute.name] = tuple(value)
+            case AttributeProto.STRING:
+                plain[attribute.name] = value.decode("utf-8", "replace")
+            case AttributeProto.STRINGS:
+                plain[attribute.name] = tuple(text.decode("utf-8", "replace") for text in value)
+    return plain
+
+
+def _holds_weights(graph: GraphProto) -> bool:
+    tensors = [*graph.initializer]
+    tensors += [a.t for node in graph.node for a in node.attribute if a.type == AttributeProto.TENSOR]
+    if any(len(tensor.dims) >= 2 for tensor in tensors):
+        return True
+    return any(
+        _holds_weights(a.g) for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH
+    )
+
+
+def _dense(sparse: Any) -> np.ndarray:
+    """Return a sparse tensor as an array."""
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
