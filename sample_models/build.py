@@ -97,8 +97,8 @@ def write_cnn(images: Tensor, labels: Tensor) -> Answers:
     sequential, _ = train(digits_sequential, large, labels, seed=3)
     torch.save(sequential, HERE / "digits_sequential_module.pt")
     return {
-        "cnn program": cnn_program(state),
-        "cnn onnx": cnn_program(state, eps=float(np.float32(1e-5))),
+        "cnn program": cnn_program(state, onnx=False),
+        "cnn onnx": cnn_program(state, onnx=True),
         "cnn tensors": cnn_tensors(state),
         "cnn module": cnn_module(state),
         "sequential program": sequential_program(sequential.state_dict()),
@@ -165,7 +165,7 @@ def write_small() -> Answers:
     shapes = ((3, 8, 8), (6, 8, 8))
     quantised = []
     for number, (kernel, in_shape) in enumerate(zip(kernels, shapes, strict=True), start=1):
-        weight = torch.from_numpy(kernel)
+        weight = torch.from_numpy(kernel).double()
 
         def convolve(x: Tensor, weight: Tensor = weight, stride: int = number) -> Tensor:
             return F.conv2d(x, weight, padding=1, stride=stride)
@@ -195,7 +195,7 @@ FILES: dict[str, tuple[dict[str, object], str]] = {
     "digits_cnn.onnx": ({}, "cnn onnx"),
     "digits_cnn_external.onnx": ({}, "cnn onnx"),
     "digits_cnn.pt2": ({}, "cnn program"),
-    "digits_cnn_torchscript.pt": ({}, "cnn program"),
+    "digits_cnn_torchscript.pt": ({"input_shape": [1, 1, 16, 16]}, "cnn program"),
     "digits_sequential_module.pt": ({"input_shape": [1, 1, 16, 16]}, "sequential program"),
     "digits_mlp_state.pt": ({}, "mlp tensors"),
     "digits_mlp_sharded": ({}, "mlp tensors"),

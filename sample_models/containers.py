@@ -119,7 +119,8 @@ def write_quantised(weights: list[np.ndarray], path: Path) -> list[np.ndarray]:
         zero = np.zeros(scale.shape, np.int8) if per_channel else np.asarray(5, np.int8)
         spread = (slice(None), None, None, None) if per_channel else ()
         steps = np.clip(np.round(weight / scale[spread]) + zero[spread], -128, 127).astype(np.int8)
-        dequantised.append((steps.astype(np.float64) - zero[spread]) * scale[spread].astype(np.float64))
+        # By ONNX's definition the product is rounded to the scale's type, float32.
+        dequantised.append((steps.astype(np.float32) - zero[spread].astype(np.float32)) * scale[spread])
         name = f"conv{number}.weight"
         for suffix, array in (("quantized", steps), ("scale", scale), ("zero_point", zero)):
             initializers.append(numpy_helper.from_array(array, f"{name}_{suffix}"))

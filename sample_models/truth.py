@@ -7,6 +7,7 @@ are maximised over continuous frequencies: a fine grid, then a local search.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -64,12 +65,25 @@ def dense(function: Function, in_shape: Shape) -> tuple[np.ndarray, Shape]:
     return images.reshape(count, -1).T.numpy(), tuple(images.shape[1:])
 
 
+_KNOWN: dict[bytes, np.ndarray] = {}  # one convolution stands in several lists, and some take ten seconds
+
+
+def singular_values(matrix: np.ndarray) -> np.ndarray:
+    """Return all singular values, descending: LAPACK's, or those one can read off a diagonal matrix."""
+    if matrix.shape[0] == matrix.shape[1] and np.count_nonzero(matrix - np.diag(np.diag(matrix))) == 0:
+        return np.sort(np.abs(np.diag(matrix)))[::-1]
+    key = hashlib.sha256(matrix.tobytes()).digest()
+    if key not in _KNOWN:
+        _KNOWN[key] = svdvals(matrix)
+    return _KNOWN[key]
+
+
 def measured(
     layer: str, function: Function, in_shape: Shape, *matrices: str, level: str = "layer", kind: str = ""
 ) -> Row:
     """Return the row of an affine function by a dense SVD."""
     matrix, out_shape = dense(function, in_shape)
-    sigma = svdvals(matrix)
+    sigma = singular_values(matrix)
     fro = float(np.linalg.norm(matrix))
     names = matrices or (layer,)
     return Row(layer, level, kind, names, in_shape, out_shape, tuple(sigma[:TOP].tolist()), fro)
@@ -182,11 +196,14 @@ LAYERS: dict[str, tuple[Function | None, Shape, dict[str, Any]]] = {
 }
 
 
-def cnn_program(state: State, eps: float = 1e-5) -> list[Row]:
+def cnn_program(state: State, *, onnx: bool) -> list[Row]:
     """Return the rows of ``DigitsCNN`` where its program is known, layers first, then compositions.
 
-    ``eps`` is that of its batch norms: ONNX stores it in float32, which moves singular values by up to 2e-12.
+    ONNX has two peculiarities. Padding other than with zeros is an operation of its own there: the bare
+    convolution reads a padded input, and a larger region holds both. And the eps of a batch norm is a float32,
+    which moves singular values by up to 2e-12.
     """
+    eps = float(np.float32(1e-5)) if onnx else 1e-5
     state = {name: tensor.double() for name, tensor in state.items()}
     rows, pairs, functions = [], [], {}
     for name, (pad, in_shape, options) in LAYERS.items():
@@ -194,15 +211,18 @@ def cnn_program(state: State, eps: float = 1e-5) -> list[Row]:
         apply = F.conv_transpose2d if name == "up" else F.conv2d
         kind = "conv_transpose2d" if name == "up" else "conv2d"
         convolve, normalise = partial(apply, weight=state[kernel], **options), norm(state, f"{name}.bn", eps)
-        # A program shows the padding as an operation of its own: the bare convolution reads a padded input.
-        read = tuple(pad(torch.zeros(1, *in_shape)).shape[1:]) if pad else in_shape
+        functions[name] = chain(*filter(None, [pad, convolve, normalise]))
+        read = in_shape
+        if pad and onnx:
+            read = tuple(pad(torch.zeros(1, *in_shape)).shape[1:])
+        elif pad:
+            convolve = chain(pad, convolve)
         pair = chain(convolve, normalise)
-        functions[name] = chain(pad, pair) if pad else pair
         rows.append(measured(kernel, convolve, read, kind=kind))
         rows.append(measured(gamma, normalise, rows[-1].output_shape, kind="batchnorm"))
         joined = f"{kernel} + {gamma}"
         pairs.append(measured(joined, pair, read, kernel, gamma, level="composed", kind=f"{kind}+batchnorm"))
-        if pad:
+        if pad and onnx:
             pairs.append(region(f"{joined}#2", functions[name], in_shape, kernel, gamma))
     head = partial(F.linear, weight=state["head.weight"])
     rows.append(measured("head.weight", head, (192,), kind="linear"))

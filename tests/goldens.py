@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -17,5 +18,8 @@ def check_golden(name: str, data: str | bytes) -> None:
     assert place.is_file(), (
         f"no golden file {name}: run with SPECTOOL_UPDATE_GOLDEN=1 and look at what it writes"
     )
-    assert found.decode().splitlines() == place.read_bytes().decode().splitlines()
-    assert found == place.read_bytes()
+    expected = place.read_bytes()
+    lines = difflib.unified_diff(
+        expected.decode().splitlines(), found.decode().splitlines(), "golden", "found", lineterm=""
+    )
+    assert found == expected, "\n".join([f"{name} differs", *lines])

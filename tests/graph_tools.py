@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from spectool.checkpoint.types import Checkpoint, InertModule, TensorRef
 from spectool.graph.aten import Slot
+from spectool.graph.names import survey_names
 from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Region, Skipped, Survey
 
+ANY_SIZE = ("infinite grid, stride 1, zero padding", "groups=1")
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real_models"
 
 
@@ -53,7 +56,7 @@ def checkpoint(
     )
 
 
-def inert(module: torch.nn.Module, path: str = "") -> InertModule:
+def inert(module: nn.Module, path: str = "") -> InertModule:
     """What an inert reader makes of a pickled module: its class's name, plain attributes, names of tensors."""
     plain = {
         name: value
@@ -75,7 +78,7 @@ def inert(module: torch.nn.Module, path: str = "") -> InertModule:
     )
 
 
-def pickled(module: torch.nn.Module, **options: Any) -> Checkpoint:
+def pickled(module: nn.Module, **options: Any) -> Checkpoint:
     """The checkpoint of a module pickled whole; names that share a parameter are tied."""
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
         module.named_buffers(remove_duplicate=False)
@@ -149,3 +152,37 @@ def dense(function: Callable[[torch.Tensor], torch.Tensor], in_shape: tuple[int,
 def region_matrix(region: Region, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
     assert region.in_shape is not None
     return dense(lambda x: run(region, load, x), region.in_shape)
+
+
+def settled(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A module in float64 and evaluation mode with running statistics that are not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double().eval()
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+        for part in module.modules():
+            if getattr(part, "running_var", None) is not None:
+                part.running_var.copy_(0.1 + torch.rand(part.running_var.shape, generator=generator).double())
+    return module
+
+
+def keys(items: Any) -> list[tuple[str, str, str]]:
+    return [(item.key, getattr(item, "level", item.__class__.__name__.lower()), item.kind) for item in items]
+
+
+def survey(shapes: dict[str, tuple[int, ...]], **options: Any) -> Survey:
+    """A survey of float32 tensors of these shapes, by names alone."""
+    assume_bn = options.pop("assume_bn", False)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return survey_names(checkpoint(tensors, **options), assume_bn=assume_bn)
+
+
+def norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a batch norm."""
+    return {f"{name}.{leaf}": (channels,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}

@@ -285,6 +285,8 @@ def test_compressed_pickle_is_unpacked_within_its_size(plain: Path) -> None:
 def test_large_pickle_record(plain: Path) -> None:
     with pytest.raises(LimitExceeded, match=r"'net/data.pkl' asks for .* limit pickle_bytes = 50"):
         open_checkpoint(plain, limits=Limits(pickle_bytes=50))
+    with pytest.raises(LimitExceeded, match="limit directory_bytes = 300"):
+        open_checkpoint(plain, limits=Limits(directory_bytes=300))
     with pytest.raises(LimitExceeded, match="limit records = 3"):
         open_checkpoint(plain, limits=Limits(records=3))
 

@@ -52,6 +52,27 @@ def test_state_dict_beside_training_state(tmp_path: Path, name: str) -> None:
     assert checkpoint.metadata["scalars"] == {"epoch": 3}
 
 
+def test_networks_with_names_like_training_state(tmp_path: Path) -> None:
+    names = ["random_features", "optical_flow", "optic", "amplifier", "adamantium", "scheduled"]
+    content = {name: {"w": values((2, 2), seed=seed)} for seed, name in enumerate(names)}
+    assert_equals(write(tmp_path, content), {f"{name}.w": part["w"] for name, part in content.items()})
+    training = [
+        "opt",
+        "opt_D",
+        "optG",
+        "D_opt",
+        "adam",
+        "sgd",
+        "scheduler",
+        "lr_sched",
+        "rng",
+        "loss_scaler",
+        "optim_1",
+    ]
+    content = {"G": {"w": values((2, 2))}, **{name: {"x": values((2, 2))} for name in training}}
+    assert_equals(write(tmp_path, content), {"w": values((2, 2))})
+
+
 def test_optimizer_is_known_by_its_shape_too(tmp_path: Path) -> None:
     assert_equals(write(tmp_path, (RAW, adam())), RAW)
 

@@ -252,6 +252,17 @@ def test_external_data_that_is_not_all_there(
         open_checkpoint(path)
 
 
+def test_tied_external_data(tmp_path: Path) -> None:
+    path = external(tmp_path, location="w.bin")
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer.append(proto.graph.initializer[0])
+    proto.graph.initializer[1].name = "v"
+    path.write_bytes(proto.SerializeToString())
+    (path.parent / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    matrix = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    assert assert_equals(path, {"w": matrix, "v": matrix}).aliases == {"v": "w"}
+
+
 def test_external_data_in_a_folder_below(tmp_path: Path) -> None:
     path = external(tmp_path, location="./data/w.bin", offset="4")
     (path.parent / "data").mkdir()

@@ -114,6 +114,8 @@ def test_packed_types_are_listed_as_unread(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(raw(tmp_path / "x.safetensors", header, b"0123456789"))
     assert list(checkpoint.tensors) == ["w"]
     assert checkpoint.unread == {"f4": "elements of 4 bits (F4)"}
+    with pytest.raises(CheckpointError, match=r"'f4' cannot be read: elements of 4 bits \(F4\)"):
+        checkpoint.read("f4")
 
 
 def test_file_without_tensors(tmp_path: Path) -> None:
@@ -237,4 +239,10 @@ def test_folder_without_known_weights(tmp_path: Path) -> None:
     torch.save({"w": values((2, 2))}, tmp_path / "mine.pt")
     with pytest.raises(UnrecognisedFormat, match="a folder without weights") as error:
         open_checkpoint(tmp_path)
-    assert "mine.pt" in error.value.hint
+    assert error.value.hint == "name one of these inside it: mine.pt"
+    (tmp_path / "unet").mkdir()
+    save_file({"w": values((2, 2))}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UnrecognisedFormat, match="a folder without weights") as error:
+        open_checkpoint(tmp_path)
+    assert error.value.hint == "name one of these inside it: unet, mine.pt"
+    assert_equals(tmp_path / "unet", {"w": values((2, 2))})

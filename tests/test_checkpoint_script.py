@@ -81,7 +81,7 @@ def test_exported_program(tmp_path: Path, net: Net) -> None:
     assert list(checkpoint.tensors)[: len(loaded.state_dict)] == list(
         _weights_in_file_order(tmp_path / "net.bin")
     )
-    truth = {**loaded.state_dict, **{name: value for name, value in loaded.constants.items()}}
+    truth = {**loaded.state_dict, **loaded.constants}
     assert set(checkpoint.tensors) == set(truth)
     for name, tensor in truth.items():
         assert same(checkpoint.read(name), tensor), name

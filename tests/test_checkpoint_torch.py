@@ -95,6 +95,28 @@ def test_parameters_and_their_attributes(tmp_path: Path, form: dict[str, Any]) -
     assert_equals(path, load(path))
 
 
+@pytest.mark.parametrize("stem", ["модель", "naïve net", "a'b\"c", "ünï.v2", "名前"])
+def test_any_file_name(tmp_path: Path, stem: str) -> None:
+    """torch names the records of a zip file after the file."""
+    path = save({"w": values((2, 3))}, tmp_path / f"{stem}.pt", {})
+    checkpoint = assert_equals(path, load(path))
+    ref = checkpoint.tensors["w"]
+    assert path.read_bytes()[ref.position :][: ref.nbytes] == values((2, 3)).numpy().tobytes()
+
+
+def test_parameters_from_before_torch_0_4(tmp_path: Path) -> None:
+    """They are objects whose state begins with their tensor; the same object may be used twice."""
+
+    class Old:
+        def __reduce__(self) -> Any:
+            return torch.nn.parameter.Parameter, (), (values((2, 3)), True, False, OrderedDict())
+
+    one = Old()
+    path = save({"w": one, "again": one}, tmp_path / "old.pt", {})
+    checkpoint = assert_equals(path, {"w": values((2, 3)), "again": values((2, 3))})
+    assert checkpoint.aliases == {"again": "w"}
+
+
 class Tagged(torch.Tensor):
     """A plain subclass of Tensor."""
 

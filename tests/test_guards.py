@@ -30,7 +30,8 @@ RANKS = {
     **dict.fromkeys(["architectures", "lower"], 3),
     **dict.fromkeys(["clip", "report"], 4),
     "api": 5,
-    **dict.fromkeys(["cli", "__main__"], 6),
+    "cli": 6,
+    "__main__": 7,
 }
 HEAVY = {"torch", "onnx", "onnx2torch", "pandas", "scipy", "matplotlib", "plotly", "xlsxwriter"}
 
@@ -41,11 +42,13 @@ def name_of(path: Path) -> str:
 
 def tracked_texts() -> Iterator[tuple[str, str]]:
     """Yield path and text of everything that could be in the repository (which need not be a git checkout)."""
-    folders = ("spectool", "tests", "docs", "benchmarks", "sample_models", ".ci")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    for path in sorted([*files, *(path for path in ROOT.iterdir() if path.is_file())]):
-        if not {"__pycache__", ".mypy_cache", ".ruff_cache"} & set(path.parts):
-            yield name_of(path), path.read_bytes().decode("utf-8", errors="replace")
+    made = {"build", "dist", "__pycache__"}
+    for folder in [ROOT, ROOT / ".ci", *ROOT.glob("[!.]*/")]:
+        if folder.name in made or (folder / "pyvenv.cfg").exists() or folder.suffix == ".egg-info":
+            continue
+        for path in sorted(folder.glob("*") if folder == ROOT else folder.rglob("*")):
+            if path.is_file() and not made & set(path.parts) and path.name != ".git":
+                yield name_of(path), path.read_bytes().decode("utf-8", errors="replace")
 
 
 # --- layers -----------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def test_public_functions_explain_themselves(name: str) -> None:
     first = text.splitlines()[0]
     assert first.endswith(".")
     assert section(text, "Args"), "no Args"
-    assert re.search(r"^Returns:", text, flags=re.MULTILINE), "no Returns"
+    assert first.startswith("Return ") or re.search(r"^Returns:", text, flags=re.MULTILINE), "no Returns"
     assert doctest.DocTestParser().get_examples(text), "no example"
 
 

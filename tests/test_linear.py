@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectool.linear import (
+    Adjoint,
     Composed,
     ConvGeometry,
     ConvMap,
@@ -120,7 +121,7 @@ def test_adjoint_is_a_map_and_undoes_itself(case: Case) -> None:
     A = case.build()
     T = adjoint(A)
     assert (T.in_shape, T.out_shape) == (A.out_shape, A.in_shape)
-    assert adjoint(adjoint(T)) is T
+    assert T is A.inner if isinstance(A, Adjoint) else adjoint(T) is A
     expected = case.dense().T
     np.testing.assert_allclose(to_dense(T).numpy(), expected, rtol=1e-13, atol=1e-14 * np.abs(expected).max())
 

@@ -18,10 +18,12 @@ from programs import (
 from torch import nn
 
 from spectool.graph.program import survey_live, survey_module
-from spectool.graph.types import Region, Skipped
+from spectool.graph.tape import record
+from spectool.graph.types import Graph, Region, Skipped
 from spectool.linear import to_dense
 from spectool.lower import lower
 
+Function = Callable[[torch.Tensor], torch.Tensor]
 COUNTS = {
     # name: (matrix operators, conv–batch-norm pairs), known from the architectures
     "resnet18": (21, 20),
@@ -170,13 +172,9 @@ def test_layers_of_a_real_network_equal_the_modules_they_are() -> None:
     assert checked >= 30
 
 
-def raw_function(module: nn.Module, shape: tuple[int, ...], region: Region) -> Callable[[torch.Tensor], torch.Tensor]:
+def raw_function(recorded: Graph, state: dict[str, torch.Tensor], region: Region) -> Function:
     """The region as torch itself computes it: its exit as a function of its root, by the recorded calls alone."""
-    from spectool.graph.tape import record
-
-    recorded, captured = record(module, [torch.empty(shape)])
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers()), **captured}
-    makers = {name: (node, place) for node in recorded.nodes for place, name in enumerate(node.outputs) if name}
+    makers = {name: node for node in recorded.nodes for name in node.outputs if name}
 
     def function(x: torch.Tensor) -> torch.Tensor:
         values = {region.root: x}
@@ -186,7 +184,7 @@ def raw_function(module: nn.Module, shape: tuple[int, ...], region: Region) -> C
                 return values[name]
             if name in state:
                 return state[name].detach()
-            node, _ = makers[name]
+            node = makers[name]
             name_space, packet, overload = node.op.name.split(".", 2)
             target = getattr(getattr(getattr(torch.ops, name_space), packet), overload)
             inputs = [value(source) for source in node.inputs]
@@ -217,10 +215,9 @@ def raw_function(module: nn.Module, shape: tuple[int, ...], region: Region) -> C
 @pytest.mark.parametrize(
     "name,shape,least",
     [
-        ("shufflenet_v2_x0_5", (1, 3, 32, 32), 120),
-        ("mobilenet_v3_small", (1, 3, 32, 32), 60),
-        ("convnext_tiny", (1, 3, 32, 32), 10),
-        ("swin_t", (1, 3, 32, 32), 10),
+        ("shufflenet_v2_x0_5", (1, 3, 32, 32), 100),
+        ("mobilenet_v3_small", (1, 3, 32, 32), 50),
+        ("mnasnet0_5", (1, 3, 32, 32), 50),
     ],
 )
 def test_regions_replay_what_torch_computes(name: str, shape: tuple[int, ...], least: int) -> None:
@@ -232,17 +229,19 @@ def test_regions_replay_what_torch_computes(name: str, shape: tuple[int, ...], l
         nn.init.normal_(norm.weight)
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
     found = survey_module(module, [torch.empty(shape)])
+    recorded, captured = record(module, [torch.empty(shape)])
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers()), **captured}
     checked = 0
     for item in found.items:
-        if not isinstance(item, Region) or item.in_shape is None or item.nodes[0].op.__class__.__name__ == "Embedding":
+        if not isinstance(item, Region) or item.in_shape is None:
             continue
         operator = lower(item, found.load, dtype=torch.float64)
-        if np.prod(operator.in_shape) > 300 or np.prod(operator.out_shape) > 1200 or item.key.endswith("]"):
+        if max(np.prod(operator.in_shape), np.prod(operator.out_shape)) > 800 or item.key.endswith("]"):
             continue
         root = (1, *item.in_shape) if item.batched else item.in_shape
-        function = raw_function(module, shape, item)
+        function = raw_function(recorded, state, item)
         try:
-            jacobian = torch.autograd.functional.jacobian(function, torch.zeros(root, dtype=torch.float64), vectorize=True)
+            jacobian = torch.autograd.functional.jacobian(function, torch.zeros(root, dtype=torch.float64))
         except RuntimeError:
             continue  # the row stands for one position of many, and the recorded calls hold all of them
         expected = jacobian.reshape(-1, int(np.prod(root))).numpy()

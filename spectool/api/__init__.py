@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from spectool.api.inspecting import inspect
-from spectool.api.listing import ls
-from spectool.api.operators import svds
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectool.api.inspecting import inspect
+    from spectool.api.listing import ls
+    from spectool.api.operators import svds
 
 __all__ = ["inspect", "ls", "svds"]
+
+_HOMES = {"inspect": "inspecting", "ls": "listing", "svds": "operators"}
+
+
+def __getattr__(name: str) -> Any:
+    # Late: listing tensors needs no torch, everything else does.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spectool.api' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"spectool.api.{_HOMES[name]}"), name)

@@ -11,7 +11,7 @@ import torch
 
 from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Region, Skipped
-from spectool.linear import InfiniteConv
+from spectool.linear import InfiniteConv, MatrixMap
 from spectool.lower import lower, without_epsilon
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Row
@@ -116,7 +116,9 @@ def analysed_row(item: Region | Skipped, load: Load, options: Options, progress:
         )
     if any(text.startswith("eps=") for text in item.assumed):
         spectrum = _any_epsilon(item, load, spectrum)
-    filled = fill(row, spectrum, isinstance(operator, InfiniteConv))
+    # Without a size every value but the largest depends on it; a matrix has one size only.
+    sized = item.in_shape is not None or isinstance(operator, MatrixMap)
+    filled = fill(row, spectrum if sized else _largest(spectrum), not sized)
     return replace(filled, seconds=time.perf_counter() - start)
 
 
@@ -143,6 +145,12 @@ def fill(row: Row, spectrum: Spectrum, infinite: bool = False) -> Row:
         matvecs=spectrum.matvecs,
         note=_join(row.note, spectrum.note),
         why=spectrum.why,
+    )
+
+
+def _largest(spectrum: Spectrum) -> Spectrum:
+    return replace(
+        spectrum, values=spectrum.values[:1], lower=spectrum.lower[:1], upper=spectrum.upper[:1]
     )
 
 

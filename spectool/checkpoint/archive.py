@@ -14,6 +14,7 @@ from spectool.errors import CorruptFile
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED = 1
+_UTF8 = 1 << 11
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Archive:
         path = self.source.path
         try:
             with (
-                self.source.stream(self._limits.directory_bytes) as stream,
+                self.source.stream(self._limits, "directory_bytes") as stream,
                 zipfile.ZipFile(stream) as archive,
             ):
                 infos = archive.infolist()
@@ -108,13 +109,11 @@ class Archive:
             raise CorruptFile(
                 f"{path}: {what} is encrypted", hint="unpack it with its password and save it again"
             )
-        header = self.source.read(info.header_offset, _LOCAL.size, what)
-        signature, *_, name_length, extra_length = _LOCAL.unpack(header)
-        name = self.source.read(info.header_offset + _LOCAL.size, name_length, what) if name_length else b""
-        if signature != b"PK\3\4" or name not in (
-            info.orig_filename.encode(),
-            info.orig_filename.encode("cp437", "replace"),
-        ):
+        # The encoding zipfile decoded the name with: bit 11 says UTF-8, else it is cp437.
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        header = self.source.read(info.header_offset, _LOCAL.size + len(name), what)
+        signature, *_, name_length, extra_length = _LOCAL.unpack_from(header)
+        if signature != b"PK\3\4" or name_length != len(name) or header[_LOCAL.size :] != name:
             raise CorruptFile(f"{path}: {what} is not where the zip directory says", hint="copy it again")
         start = info.header_offset + _LOCAL.size + name_length + extra_length
         stored = info.compress_type == zipfile.ZIP_STORED

@@ -115,10 +115,13 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
         if (path / name).is_file():
             return replace(open_file(path / name), path=path, format="huggingface")
     try:
-        files = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(_SUFFIXES))
+        entries = sorted(path.iterdir())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    hint = f"name one of its files: {', '.join(files[:8])}" if files else "name a checkpoint file"
+    # A pipeline keeps one model per folder: unet, vae, text_encoder…
+    found = [entry.name for entry in entries if any((entry / name).is_file() for name in _WEIGHTS)]
+    found += [entry.name for entry in entries if entry.name.endswith(_SUFFIXES)]
+    hint = f"name one of these inside it: {', '.join(found[:8])}" if found else "name a checkpoint file"
     raise UnrecognisedFormat(f"{path} is a folder without weights under a Hugging Face name", hint=hint)
 
 

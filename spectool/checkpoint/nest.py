@@ -19,14 +19,14 @@ PREFERRED = (
 
 #: Branches that belong to the training, not to the network.
 _TRAINING = re.compile(
-    r"(^|[_.])(optim|optims|optimizers?|opt|adam|sgd|(lr_?)?sched(uler)?s?|scalers?|amp|rng|random|callbacks?|loops)"
-    r"([_.]|$)|optim(izer)?|exp_avg|momentum_buffer|rng_state|lr_scheduler|grad_scaler",
-    re.IGNORECASE,
+    r"(?i:optim|exp_avg|momentum_buffer|(^|_)rng(_|$)|random_?state|lr_?sched|(^|_)schedulers?(_|$)|scaler"
+    r"|^callbacks$|^loops$)|^amp(_|$)|(^|_)opt(_|$)|^opt[A-Z0-9]|^(adam|sgd)(_|$)"
 )
 _AVERAGED = re.compile(r"(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)|ema$", re.IGNORECASE)
 
 #: Paths listed for ``key``, at most.
 _MOST_CANDIDATES = 200
+_MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Nest:
             ", ".join(".".join(path) for path, _ in matches or found) or "none: all tensors are in one dict"
         )
         fault = "names several parts" if matches else "names no part of it that holds tensors"
-        raise UsageError(f"key {key!r} {fault}", hint=f"keys: {names}")
+        raise UsageError(f"key {key!r} {fault}", hint=f"keys: {names or 'none, all tensors are in one dict'}")
 
     def _select(self, node: Any) -> tuple[list[tuple[str, Any]], list[tuple[str, str]]]:
         """Return the parts of a node that are the network, and the others with the reason."""

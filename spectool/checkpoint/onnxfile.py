@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, ONNX, ONNX_BITS, STORED_AS
 from spectool.checkpoint.limits import Limits
-from spectool.checkpoint.read import Reader, row_major
+from spectool.checkpoint.read import Reader, find_aliases, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse
@@ -134,7 +134,7 @@ def open_onnx(source: Source, limits: Limits) -> Checkpoint:
         path,
         "onnx",
         contents.tensors,
-        {},
+        find_aliases(contents.tensors.values()),
         {"onnx": facts},
         model,
         (),

@@ -240,5 +240,7 @@ class _Machine:
 
 
 _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
-    name.removeprefix("_op_").upper(): method for name, method in vars(_Machine).items() if name.startswith("_op_")
+    name.removeprefix("_op_").upper(): method
+    for name, method in vars(_Machine).items()
+    if name.startswith("_op_")
 }

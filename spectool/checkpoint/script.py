@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from spectool.checkpoint.archive import Archive
@@ -13,6 +14,7 @@ from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.modules import Collector
 from spectool.checkpoint.nest import Nest
+from spectool.checkpoint.programs import exported_program, script_program
 from spectool.checkpoint.read import Reader, find_aliases
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.torchfile import unpickle_record, zip_locator
@@ -29,7 +31,7 @@ def open_torchscript(archive: Archive, limits: Limits) -> Checkpoint:
 
     Attributes of the module tree become dotted names, as in the module's own state dict (plain tensor attributes
     are there too); tensors that the compiler inlined are called ``CONSTANTS.c0``, ``CONSTANTS.c1``…, as in its code.
-    The compiled code is not read.
+    The code is kept as text.
 
     Raises:
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
@@ -38,7 +40,8 @@ def open_torchscript(archive: Archive, limits: Limits) -> Checkpoint:
     bound = _every_tensor(archive, "data.pkl", "data", limits) if "data.pkl" in archive else Bound()
     if "constants.pkl" in archive:
         bound.update(_every_tensor(archive, "constants.pkl", "constants", limits, "CONSTANTS", "c"))
-    return _program_checkpoint(archive.source, "torchscript", "a TorchScript archive", bound)
+    checkpoint = _program_checkpoint(archive.source, "torchscript", "a TorchScript archive", bound)
+    return replace(checkpoint, program=script_program(archive, limits, checkpoint.tensors))
 
 
 def open_exported(archive: Archive, limits: Limits) -> Checkpoint:
@@ -49,7 +52,8 @@ def open_exported(archive: Archive, limits: Limits) -> Checkpoint:
         NothingToAnalyse: If there is no tensor.
     """
     bound = _early_export(archive, limits) if _EARLY in archive else _export(archive, limits)
-    return _program_checkpoint(archive.source, "pt2", "an exported program", bound)
+    checkpoint = _program_checkpoint(archive.source, "pt2", "an exported program", bound)
+    return replace(checkpoint, program=exported_program(archive))
 
 
 def _program_checkpoint(source: Source, form: str, what: str, bound: Bound) -> Checkpoint:

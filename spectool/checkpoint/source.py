@@ -89,9 +89,9 @@ class Source:
         return self.read(0, min(size, self.size), "its first bytes")
 
     @contextmanager
-    def stream(self, largest: int) -> Iterator[BinaryIO]:
-        """Open for reading by a parser that expects a file; one read of more than ``largest`` is refused."""
-        with io.BufferedReader(_Stream(self, largest), 1 << 16) as reader:
+    def stream(self, limits: Limits, bound: str) -> Iterator[BinaryIO]:
+        """Open for reading by a parser that expects a file; one read may not exceed the limit ``bound``."""
+        with io.BufferedReader(_Stream(self, limits, bound), 1 << 16) as reader:
             yield reader
 
     def _inside(self, start: int, size: int, what: str) -> None:
@@ -129,7 +129,7 @@ class Source:
         spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 - lives as long as the source
         size = 0
         try:
-            with packed.stream(1 << 24) as raw, gzip.GzipFile(fileobj=raw) as stream:
+            with packed.stream(limits, "unpacked_bytes") as raw, gzip.GzipFile(fileobj=raw) as stream:
                 while block := stream.read(1 << 20):
                     size += len(block)
                     limits.check("unpacked_bytes", size, f"{packed.path}: the gzip stream")
@@ -155,10 +155,11 @@ class Source:
 class _Stream(io.RawIOBase):
     """A ``Source`` as a raw binary file."""
 
-    def __init__(self, source: Source, largest: int) -> None:
+    def __init__(self, source: Source, limits: Limits, bound: str) -> None:
         super().__init__()
         self._source = source
-        self._largest = largest
+        self._limits = limits
+        self._bound = bound
         self._at = 0
 
     def readable(self) -> bool:
@@ -179,10 +180,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         size = min(len(buffer), max(self._source.size - self._at, 0))
-        if size > self._largest:
-            raise LimitExceeded(
-                f"{self._source.path}: one read of {size:,} bytes, more than {self._largest:,}"
-            )
+        self._limits.check(self._bound, size, f"{self._source.path}: one part of it")
         if size:
             self._source.read_into(self._at, memoryview(buffer)[:size])
             self._at += size

@@ -113,20 +113,19 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
             storages.setdefault(value.key, value)
         return value
 
-    with source.stream(limits.pickle_bytes) as stream:
+    with source.stream(limits, "pickle_bytes") as stream:
         tape = cast(BinaryIO, _Tape(stream, f"{path}: its pickles", limits))
         unpickle(tape, f"{path}: the magic number", limits)
         if unpickle(tape, f"{path}: the protocol version", limits) != _LEGACY_PROTOCOL:
             raise UnrecognisedFormat(
                 f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch"
             )
-        system = unpickle(tape, f"{path}: the system facts", limits)
+        unpickle(tape, f"{path}: the system facts", limits)
         root = unpickle(tape, f"{path}: the object", limits, persistent)
         keys = unpickle(tape, f"{path}: the storage keys", limits)
         position = tape.tell()
     if not (isinstance(keys, list) and all(isinstance(name, str) for name in keys)):
         raise CorruptFile(f"{path}: the list of storage keys is no list of strings")
-    big = isinstance(system, dict) and system.get("little_endian") is False
     places: dict[str, Place] = {}
     for name in keys:
         if name not in storages or name in places:
@@ -140,7 +139,8 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
                 f"{path}: storage {name!r} has {count} elements, its tensors expect {storage.numel}"
             )
         nbytes = count * ITEMSIZE[storage.dtype]
-        places[name] = Place("", 0, position + 8, nbytes, "big" if big else "little")
+        # These bytes are little-endian whatever machine wrote them.
+        places[name] = Place("", 0, position + 8, nbytes)
         position += 8 + nbytes
     if position > source.size:
         raise CorruptFile(
@@ -197,16 +197,18 @@ class _Tape:
         self._stream = stream
         self._what = what
         self._limits = limits
+        self._most = limits.pickle_bytes
         self._at = 0
 
     def read(self, size: int) -> bytes:
-        self._limits.check("pickle_bytes", self._at + size, self._what)
+        if self._at + size > self._most:
+            self._limits.check("pickle_bytes", self._at + size, self._what)
         data = self._stream.read(size)
         self._at += len(data)
         return data
 
     def readline(self) -> bytes:
-        data = self._stream.readline(self._limits.pickle_bytes - self._at)
+        data = self._stream.readline(self._most - self._at)
         self._at += len(data)
         return data
 

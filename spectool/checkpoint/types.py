@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectool.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,7 +70,10 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors and, if the container has one, its program. Holds no tensor data (but see ``program``).
+    """Named tensors and, if the container has one, its program.
+
+    Holds no tensor data, with two exceptions: an ONNX model holds the weights that stand in its own file, and numpy
+    arrays inside a pickle come with it.
 
     Attributes:
         path: What the user named.
@@ -105,8 +110,11 @@ class Checkpoint:
 
         Raises:
             KeyError: If there is no such tensor.
-            CorruptFile: If its bytes are not all there.
+            CheckpointError: If it is one of ``unread``.
+            CorruptFile: If its bytes are not all there, or the file changed since it was opened.
         """
+        if name in self.unread:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {self.unread[name]}")
         if self.reader is None:
             raise ValueError(f"checkpoint {self.path} was built without a reader")
         return self.reader(self.tensors[name])
@@ -142,3 +150,53 @@ class InertObject:
 
     cls: str
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Stands for a tensor inside an inert object.
+
+    Attributes:
+        key: Its checkpoint key.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True)
+class ScriptObject:
+    """An object of a TorchScript archive, as data.
+
+    Attributes:
+        cls: Qualified name of its class in the archive's own code, e.g. ``__torch__.nets.ConvBN``.
+        attributes: Name → plain value, ``StoredTensor``, ``ScriptObject``, or a list of those.
+    """
+
+    cls: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ScriptProgram:
+    """The program of a TorchScript archive, as data; nothing of it has been compiled.
+
+    Attributes:
+        root: The outermost module.
+        code: Path below ``code/`` → text.
+        constants: Checkpoint keys of the tensors that the code calls ``CONSTANTS.c0``, ``c1``…
+    """
+
+    root: ScriptObject
+    code: Mapping[str, str]
+    constants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportedProgram:
+    """The program of a ``.pt2`` archive, as data.
+
+    Attributes:
+        document: Its ``models/*.json``.
+    """
+
+    document: Mapping[str, Any]

@@ -25,13 +25,14 @@ def draw_report(report: Report, options: WriteOptions, width: int | None) -> tup
     return layers_grid(report, width)
 
 
-def conclude(report: Report, target: Target, *, verbose: bool = False) -> None:
+def conclude(report: Report, target: Target, *, verbose: bool = False, listed: bool = False) -> None:
     """Say why (``-v``), what to know, what to do next, and last the coverage line.
 
     Args:
         report: What was delivered.
         target: Where it went.
         verbose: Whether to say why each method was chosen.
+        listed: Whether operators were listed only, nothing computed.
     """
     if verbose:
         for row in report.rows:
@@ -40,16 +41,16 @@ def conclude(report: Report, target: Target, *, verbose: bool = False) -> None:
     if not target.quiet:
         for note in report.notes:
             say(note, label="note")
-        hint = next_step(report, target)
+        hint = "" if listed else next_step(report, target)
         if hint:
             say(hint, label="hint")
-    say(coverage_line(report))
+    say(coverage_line(report, listed=listed))
 
 
-def coverage_line(report: Report) -> str:
-    """Return how many linear maps were analysed, of how many."""
+def coverage_line(report: Report, *, listed: bool = False) -> str:
+    """Return how many linear maps were analysed (or listed only), of how many."""
     analysed, total, skipped = report.coverage
-    verb = "listed" if report.settings.get("list_only") else "analysed"
+    verb = "listed" if listed else "analysed"
     return f"{analysed} of {total} linear maps {verb}, {skipped} skipped"
 
 

@@ -87,5 +87,5 @@ def inspect(
             arch=arch, arch_args=arguments, list_only=list_only, shard=part, hash=hash, progress=progress,
         )  # fmt: skip
     deliver(report_layout(report, layout), target, layout, lambda width: draw_report(report, layout, width))
-    conclude(report, target, verbose=verbose)
+    conclude(report, target, verbose=verbose, listed=list_only)
     return 5 if strict and report.coverage[2] else 0

@@ -82,20 +82,24 @@ def deliver(layout: Layout, target: Target, options: WriteOptions, draw: Drawing
     Raises:
         OutputError: If the file cannot be written.
     """
+    remark = ""
     if target.format == TABLE:
-        data = _drawn(draw, target)
+        data, hidden = _drawn(draw, target)
+        if hidden:
+            remark = f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with -o"
     else:
         rendered = render(layout, target.format, options)
         data = rendered.data
-        if rendered.guarded and not target.quiet:
+        if rendered.guarded:
             cells = "1 text cell" if rendered.guarded == 1 else f"{rendered.guarded} text cells"
-            say(f"{cells} guarded by a leading ' against spreadsheets (--no-guard leaves them alone)")
+            remark = f"{cells} guarded by a leading ' against spreadsheets (--no-guard leaves them alone)"
     if target.path is not None:
         replace_file(target.path, data)
-        if not target.quiet:
-            say(f"wrote {target.path}")
     elif data:
         emit(data)
+    if not target.quiet:
+        for text in filter(None, (remark, f"wrote {target.path}" if target.path else "")):
+            say(text)
 
 
 def emit(data: bytes) -> None:
@@ -117,7 +121,7 @@ def terminal_width() -> int:
     return max(shutil.get_terminal_size((100, 24)).columns, 20)
 
 
-def _drawn(draw: Drawing, target: Target) -> bytes:
+def _drawn(draw: Drawing, target: Target) -> tuple[bytes, list[str]]:
     """Draw on a terminal at its width, elsewhere at full width and without colour."""
     from rich.console import Console
 
@@ -136,9 +140,6 @@ def _drawn(draw: Drawing, target: Target) -> bytes:
         legacy_windows=False,
     )
     console.print(drawing, crop=False)
-    if hidden and not target.quiet:
-        say(f"{', '.join(hidden)} did not fit in {width} columns: widen the terminal or write a file with -o")
     # Rich pads every line to the width of the table.
-    return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().rstrip("\n").split("\n")).encode(
-        "utf-8", "replace"
-    )
+    lines = stream.getvalue().rstrip("\n").split("\n")
+    return "".join(f"{line.rstrip()}\n" for line in lines).encode("utf-8", "replace"), hidden

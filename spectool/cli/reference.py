@@ -45,7 +45,7 @@ of the repository. Keys are option names without dashes in front; `[tool.spectoo
 | 2 | usage, or an input that cannot be read; nothing was written |
 | 3 | internal error (traceback with `--debug`) |
 | 5 | `--strict`, and some linear operators were skipped |
-| 130 | interrupted; nothing was written |
+| 130 | interrupted; no half file is left |
 """
 
 

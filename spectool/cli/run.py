@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _CLICK_ERROR as error:
         return _report(error, 2, *_explain(error), args)
     except (KeyboardInterrupt, typer.Abort):
-        say("interrupted; nothing was written")
+        say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spectool.checkpoint.types import Checkpoint
 
 ALPHA_UNKNOWN = "alpha=r"
+PATTERN_UNREAD = "alpha_pattern not applied"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Scale:
         """The factor in words."""
         if self.tensor:
             return f"scaled by {self.tensor} / {self.rank}"
-        return "alpha unknown" if self.assumed else f"scaled by {self.value:g}"
+        return "alpha unknown" if ALPHA_UNKNOWN in self.assumed else f"scaled by {self.value:g}"
 
     def read(self, read: Read) -> float:
         """Return the factor, reading alpha if a tensor holds it."""
@@ -65,13 +66,16 @@ def adapter_scale(checkpoint: Checkpoint, base: str, rank: int) -> Scale:
     if alpha is not None and alpha.numel == 1:
         return Scale(rank, tensor=alpha.name)
     config = _peft_config(checkpoint.metadata, base)
-    value = _number(_by_pattern(config.get("alpha_pattern"), base))
-    value = _number(config.get("lora_alpha")) if value is None else value
-    if value is None:
-        value = _number(checkpoint.metadata.get("ss_network_alpha"))
-    if value is None:
-        return Scale(rank, assumed=(ALPHA_UNKNOWN,))
-    return Scale(rank, value / (sqrt(rank) if config.get("use_rslora") is True else rank))
+    patterns = config.get("alpha_pattern")
+    own, unread = _by_pattern(patterns if isinstance(patterns, Mapping) else {}, base)
+    for source in (own, config.get("lora_alpha"), checkpoint.metadata.get("ss_network_alpha")):
+        value = _number(source)
+        if value is not None:
+            said = (PATTERN_UNREAD,) if unread else ()
+            return Scale(
+                rank, value / (sqrt(rank) if config.get("use_rslora") is True else rank), assumed=said
+            )
+    return Scale(rank, assumed=(ALPHA_UNKNOWN,))
 
 
 def _peft_config(metadata: Mapping[str, Any], base: str) -> Mapping[str, Any]:
@@ -91,17 +95,20 @@ def _peft_config(metadata: Mapping[str, Any], base: str) -> Mapping[str, Any]:
     return metadata
 
 
-def _by_pattern(patterns: Any, base: str) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name, as PEFT does."""
-    if not isinstance(patterns, Mapping):
-        return None
+def _by_pattern(patterns: Mapping[Any, Any], base: str) -> tuple[Any, bool]:
+    """Return the value of the first pattern that matches the end of a module's name, as PEFT does.
+
+    Patterns come from the file, and a regular expression can be made to take for ever: only names with anchors and
+    a few wildcards are tried. The second value says whether one had to be passed over.
+    """
+    unread = False
     for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", base):
-                return value
-        except re.error:
-            continue
-    return None
+        text = str(pattern)
+        if not re.fullmatch(r"(?:[\w\-^$.]|\\\.|\.\*)+", text) or text.count("*") > 3 or len(text) > 200:
+            unread = True
+        elif re.match(rf"(.*\.)?({text})$", base):
+            return value, False
+    return None, unread
 
 
 def _number(value: Any) -> float | None:

@@ -46,6 +46,7 @@ _TABLE = re.compile(
 _BIAS = re.compile(r"^bias|bias$|_bias_|^beta$|^pos_bias_|^(?:b|bias)_[kv]$|^diff_b$")
 _MASK = re.compile(r"mask")
 _NORM = re.compile(r"norm|^ln|_ln(?:_|$)|(?:^|_)rms|^gn\d*$|^bn\d*$|^in\d+$", re.IGNORECASE)
+_MOST_EXPERTS = 4096
 _EXPERTS = re.compile(r"(?:^|\.|_)(?:experts|moe)(?:\.|_|$)|\.block_sparse_moe\.")
 
 
@@ -187,7 +188,7 @@ def _single(
         rows.placed.append((name, nonlinear(weights, name, "layernorm", reason)))
     elif rank == 2:
         rows.placed.append((name, _matrix(weights, name, group, layout)))
-    elif rank == 3 and _EXPERTS.search(name):
+    elif rank == 3 and _EXPERTS.search(name) and shape[0] <= _MOST_EXPERTS:
         for index in range(shape[0]):
             part = weights.part(name, index)
             rows.placed.append(

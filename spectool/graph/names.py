@@ -167,11 +167,11 @@ def _alphabetical(checkpoint: Checkpoint) -> bool:
 
 def _left_over(checkpoint: Checkpoint, used: set[str], rows: Rows) -> list[str]:
     """Explain tensors of rank 2 or more that belong to a recognised weight without being part of its row."""
-    shown = {name for _, item in rows.placed for name in item.weights}
+    beside = used - {name for _, item in rows.placed for name in item.weights}
     return [
         f"{name}: belongs to a recognised weight, no operator of its own"
         for name in checkpoint.tensors
-        if name in used - shown
+        if name in beside
         and len(checkpoint.tensors[name].shape) > 1
         and is_floating(checkpoint.tensors[name].dtype)
     ]

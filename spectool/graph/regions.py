@@ -12,22 +12,26 @@ from spectool.graph.parts import with_parts
 from spectool.graph.roles import BATCHNORM, FREE, OPERATOR, Context, Known
 from spectool.graph.types import BatchNorm, Conv, Embedding, Graph, Linear, Node, Region, Skipped, Survey
 
-_TOO_MANY_NODES = 4_000_000
+_TOO_MANY_NODES = 1_000_000
 """Nodes of all regions together after which no further composed row is made (regions of one root overlap)."""
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A row and where it belongs: behind the node ``at``, layers before compositions, small before large."""
+    """A row and where it belongs: behind the node ``at``, layers before compositions, small before large.
+
+    Parts of one operator stand in the order of the channels they ``start`` at.
+    """
 
     at: int
     composed: bool
     size: int
     item: Region | Skipped
+    start: int = 0
 
     @property
-    def order(self) -> tuple[int, bool, int]:
-        return self.at, self.composed, self.size
+    def order(self) -> tuple[int, bool, int, int]:
+        return self.at, self.composed, self.size, self.start
 
 
 def survey_graph(graph: Graph, known: Known, *, source: str, notes: Sequence[str] = ()) -> Survey:
@@ -178,8 +182,16 @@ def _maximal(
             layers[at] = replace(layers[at], item=_as_maximal(layers[at].item))
             continue
         composed = found.level == "composed" if isinstance(found, Region) else bool(stored)
-        rows.append(_Placed(max(stored or content), composed, len(indices), found))
+        rows.append(_Placed(max(stored or content), composed, len(stored), found, _start(context, found)))
     return rows, []
+
+
+def _start(context: Context, item: Region | Skipped) -> int:
+    """Return the first output channel of a row that is a part of an operator, 0 for any other."""
+    if not isinstance(item, Region) or len(item.nodes) != 1:
+        return 0
+    cut = context.parts.get(context.matrix(item.nodes[0]))
+    return cut.blocks[0][cut.axis][0] if cut is not None and cut.blocks else 0
 
 
 def _single_number(context: Context, name: str) -> bool:

@@ -70,12 +70,14 @@ class Context:
         flow: Its dataflow.
         known: What the front-end knows.
         parts: Constants cut out of others, by name; grows while rows are made.
+        roles: Roles found so far, with the nodes they are of.
     """
 
     graph: Graph
     flow: Flow
     known: Known
     parts: dict[str, Derived] = field(default_factory=dict)
+    roles: dict[int, tuple[Node, Word]] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """Return the shape of a value, None where nothing is known."""
@@ -96,6 +98,13 @@ class Context:
 
     def role(self, node: Node) -> Word:
         """Return the role of an affine node: ``operator``, ``batchnorm`` or a ``Role``."""
+        found = self.roles.get(id(node))
+        if found is None:
+            # The node is kept with its role, so that its id stays its own.
+            found = self.roles[id(node)] = (node, self._role(node))
+        return found[1]
+
+    def _role(self, node: Node) -> Word:
         if isinstance(node.op, (Conv, Linear, Embedding)):
             return OPERATOR
         if isinstance(node.op, BatchNorm):

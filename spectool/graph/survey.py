@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spectool.checkpoint.types import InertModule
+from spectool.checkpoint.types import ExportedProgram, InertModule, ScriptProgram
+from spectool.errors import GraphError
 from spectool.graph.types import Survey
 
 if TYPE_CHECKING:
@@ -37,4 +39,20 @@ def survey(checkpoint: Checkpoint, *, inputs: Inputs | None = None, assume_bn: b
         return survey_modules(checkpoint, inputs=given, assume_bn=assume_bn)
     from spectool.graph.names import survey_names
 
-    return survey_names(checkpoint, assume_bn=assume_bn)
+    notes: tuple[str, ...] = ()
+    try:
+        if isinstance(checkpoint.program, ExportedProgram):
+            from spectool.graph.exported import survey_exported
+
+            return survey_exported(checkpoint, checkpoint.program.document)
+        if isinstance(checkpoint.program, ScriptProgram):
+            from spectool.graph.script import survey_script
+
+            if given:
+                return survey_script(checkpoint, checkpoint.program, given)
+            notes = ("the file holds a program: give --input for exact operators at their real sizes",)
+    except GraphError as error:
+        # A program that cannot be followed still has tensors.
+        notes = (f"its program cannot be followed ({error}); tensors only",)
+    found = survey_names(checkpoint, assume_bn=assume_bn)
+    return replace(found, notes=(*notes, *found.notes))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,27 +33,57 @@ class _Writer:
 
     names: dict[int, str] = field(default_factory=dict)
     alive: list[Tensor] = field(default_factory=list)
+    sharing: dict[int, list[Tensor]] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
     values: dict[str, Value] = field(default_factory=dict)
     captured: dict[str, Tensor] = field(default_factory=dict)
     scope: list[str] = field(default_factory=list)
     walls: list[str] = field(default_factory=list)
+    paused: int = 0
 
     def bind(self, tensor: Tensor, name: str) -> None:
+        """Say that ``tensor`` now holds the value ``name``."""
+        if id(tensor) not in self.names:
+            self.alive.append(tensor)
+            self.sharing.setdefault(_storage(tensor), []).append(tensor)
         self.names[id(tensor)] = name
-        self.alive.append(tensor)
         self.values[name] = Value(
             name, tuple(int(n) for n in tensor.shape), str(tensor.dtype).removeprefix("torch.")
         )
 
     def name_of(self, tensor: Tensor) -> str:
-        """Return the name of a tensor; one never seen is a constant that the program made for itself."""
+        """Return the name of the value a tensor holds.
+
+        A real tensor that was never seen is a constant the program keeps for itself; a fake one is the result of
+        something that went past the tape, and so a value of its own.
+        """
         known = self.names.get(id(tensor))
         if known is None:
-            known = f"captured_{len(self.captured)}"
-            self.captured[known] = tensor
+            if isinstance(tensor, FakeTensor):
+                known = f"%lost.{len(self.alive)}"
+            else:
+                known = f"captured_{len(self.captured)}"
+                self.captured[known] = tensor
             self.bind(tensor, known)
         return known
+
+    def written(self, tensor: Tensor, label: str) -> None:
+        """Give a tensor that was written in place its new value, and every view of its storage an unknown one."""
+        self.bind(tensor, label)
+        source = self.names[id(tensor)]
+        for other in self.sharing.get(_storage(tensor), []):
+            if other is tensor:
+                continue
+            view = f"%{len(self.nodes)}.view{len(self.alive)}.{id(other) % 997}"
+            self.nodes.append(Node(f"/view#{len(self.nodes)}", Opaque("view of a write"), (source,), (view,)))
+            self.bind(other, view)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse and other tensors without one
+        return id(tensor)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -68,8 +100,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("prim."):
             return result
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if outputs:
+        if outputs and not self.writer.paused:
             self._write(name, args, kwargs, result)
+            for tensor in _written(func, args, kwargs):
+                self.writer.written(
+                    tensor, self.writer.names.get(id(tensor), f"%{len(self.writer.nodes)}.write")
+                )
         return result
 
     def _write(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -103,6 +139,55 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Inside a norm or a recurrent cell no operation is looked at by itself: the module is one boundary.
         op = Opaque(name, f"inside:{writer.walls[-1]}") if writer.walls else Call(name, stored)
         writer.nodes.append(Node(f"{where}/{name}#{len(writer.nodes)}", op, tuple(inputs), tuple(outputs)))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the arguments that a call writes to."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        found.extend(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    return found
+
+
+class _Pads(TorchFunctionMode):
+    """Writes a circular pad as the one operation it is; torch takes it apart into writes through views."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__()
+        self.writer = writer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("pad", "_pad_circular"):
+            return func(*args, **kwargs)
+        bound = {**dict(zip(("input", "pad", "mode", "value"), args, strict=False)), **kwargs}
+        if bound.get("mode") != "circular" and func.__name__ == "pad":
+            return func(*args, **kwargs)
+        self.writer.paused += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.writer.paused -= 1
+        writer = self.writer
+        label = f"%{len(writer.nodes)}"
+        source = writer.name_of(_inner(bound["input"]))
+        writer.bind(_inner(result), label)
+        where = writer.scope[-1] if writer.scope else ""
+        name = "aten._pad_circular.default"
+        op = Call(name, {"args": (Slot(0), [int(side) for side in bound["pad"]]), "kwargs": {}})
+        writer.nodes.append(Node(f"{where}/{name}#{len(writer.nodes)}", op, (source,), (label,)))
+        return result
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    """Return the tensor inside a functionalised one."""
+    if torch._is_functional_tensor(tensor):
+        torch._sync(tensor)
+        return torch._from_functional_tensor(tensor)
+    return tensor
 
 
 def record(
@@ -154,8 +239,6 @@ def _record(
     fake: bool,
     dtype: torch.dtype | None,
 ) -> tuple[Graph, dict[str, Tensor]]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     writer = _Writer()
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
     stand_in: dict[int, Tensor] = {}
@@ -209,6 +292,7 @@ def _record(
         torch.no_grad(),
         mode,
         _Recorder(writer),
+        _Pads(writer),
     ):
         outputs = torch.func.functionalize(program, remove="mutations")(state, positional, keyword)
     graph = Graph(

@@ -9,7 +9,7 @@ import torch
 from spectool.errors import OperatorError
 from spectool.linear.geometry import ConvGeometry
 from spectool.linear.padding import check_padding
-from spectool.linear.scaling import all_finite, chunks, power_of_two, scaled_weight
+from spectool.linear.scaling import all_finite, check_real, chunks, power_of_two, scaled_weight
 from spectool.linear.window import Window
 
 
@@ -122,6 +122,7 @@ class ConvMap:
 
 
 def _check(weight: torch.Tensor, in_shape: tuple[int, ...], geometry: ConvGeometry) -> None:
+    check_real(weight)
     dims, shape = geometry.dims, tuple(weight.shape)
     if dims not in (1, 2, 3):
         raise OperatorError(f"convolutions have 1 to 3 spatial axes, this geometry has {dims}")

@@ -7,7 +7,7 @@ import math
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear.scaling import all_finite, frobenius, power_of_two, scaled_weight
+from spectool.linear.scaling import all_finite, check_real, frobenius, power_of_two, scaled_weight
 
 
 class DiagonalMap:
@@ -38,6 +38,7 @@ class DiagonalMap:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_real(scale)
         shape = tuple(int(size) for size in shape)
         self.in_shape = self.out_shape = shape
         self.dtype, self.device = dtype, torch.device(device)

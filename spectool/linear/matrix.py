@@ -9,10 +9,11 @@ import torch
 from spectool.errors import OperatorError
 from spectool.linear.compose import Scaled
 from spectool.linear.protocol import LinearMap
-from spectool.linear.scaling import all_finite, frobenius, power_of_two, scaled_weight
+from spectool.linear.scaling import all_finite, check_real, frobenius, power_of_two, scaled_weight
 
 _SMALL = 1 << 22  # entries up to which a copy in the arithmetic type is kept; blocks would be slower
-_BLOCK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}  # of one upcast block: what the CPU's second cache holds
+_BLOCK_CPU = 1 << 21  # bytes of one upcast block: what the second cache holds
+_BLOCK_OTHER = 1 << 28  # on an accelerator: enough work per call
 _SAFE_FACTOR = 2.0**100  # factors up to here can be moved to the vectors without leaving float32
 
 
@@ -31,7 +32,7 @@ class MatrixMap:
         device: Device of the vectors; the weight is moved there in its stored type.
 
     Raises:
-        OperatorError: If the weight is not a matrix.
+        OperatorError: If the weight is not a real matrix.
 
     Example:
         >>> MatrixMap(torch.tensor([[3.0, 4.0]])).normal_matvec(torch.tensor([[1.0, 0.0]])).tolist()
@@ -47,6 +48,7 @@ class MatrixMap:
     ) -> None:
         if weight.ndim != 2 or 0 in weight.shape:
             raise OperatorError(f"a matrix has two axes that are not empty, got shape {tuple(weight.shape)}")
+        check_real(weight)
         self.device, self.dtype = torch.device(device), dtype
         self.weight = weight.to(self.device)
         self.out_shape, self.in_shape = (int(weight.shape[0]),), (int(weight.shape[1]),)
@@ -144,10 +146,18 @@ class MatrixMap:
         return self._copy
 
     def _blocks(self) -> Iterator[torch.Tensor]:
-        """Yield V in runs of rows, upcast one at a time."""
-        rows_all = self._major()
-        room = _BLOCK_BYTES.get(self.device.type, _BLOCK_BYTES["cuda"])
+        """Yield V in runs of rows, upcast; each only until the next, which takes its memory."""
+        major = self._major()
+        room = _BLOCK_CPU if self.device.type == "cpu" else _BLOCK_OTHER
         # Fewer than 16 rows would spend the time on calls; 64 to 128 were best for 4096 columns.
-        rows = max(16, room // (rows_all.shape[1] * self.dtype.itemsize))
-        for start in range(0, rows_all.shape[0], rows):
-            yield rows_all[start : start + rows].to(self.dtype)
+        rows = max(16, room // (major.shape[1] * self.dtype.itemsize))
+        parts = (major[start : start + rows] for start in range(0, major.shape[0], rows))
+        if self.weight.dtype == self.dtype:
+            yield from parts
+        elif self.weight.requires_grad:  # a recording needs memory of its own for each
+            yield from (part.to(self.dtype) for part in parts)
+        else:
+            shape = (min(rows, major.shape[0]), major.shape[1])
+            block = torch.empty(shape, dtype=self.dtype, device=self.device)
+            for part in parts:
+                yield block[: part.shape[0]].copy_(part)

@@ -7,8 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
+from spectool.errors import OperatorError
+
 _CHUNK = 1 << 20  # elements; a float64 copy of a chunk is 8 MB
 _REDUCIBLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_real(weight: torch.Tensor) -> None:
+    """Check that a weight is real.
+
+    Raises:
+        OperatorError: If it is complex.
+    """
+    if weight.is_complex():
+        raise OperatorError(f"weights of type {weight.dtype} are complex, which is out of scope")
 
 
 def chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:

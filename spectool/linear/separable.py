@@ -7,7 +7,7 @@ import math
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear.scaling import all_finite, frobenius, power_of_two, scaled_weight
+from spectool.linear.scaling import all_finite, check_real, frobenius, power_of_two, scaled_weight
 
 
 class SeparableMap:
@@ -40,6 +40,8 @@ class SeparableMap:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        for factor in factors:
+            check_real(factor)
         shapes = [tuple(factor.shape) for factor in factors]
         if channels < 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
             raise OperatorError(f"{channels} channels and factors {shapes}: each factor must be a matrix")

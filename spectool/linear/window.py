@@ -72,7 +72,17 @@ class Window:
                 by_hand.append((lead, trail))
         self._native = tuple(native)
         self._by_hand = tuple(by_hand)
+        self._any_by_hand = any(map(any, by_hand))
         self._padded = tuple(n + lead + trail for n, (lead, trail) in zip(wide, by_hand, strict=True))
+        # Going back at stride 1, y is padded so that every tap of the flipped kernel meets it; where the padding
+        # was zeros, what it would write there is left out at once.
+        outside = pads if self._mode == "zeros" else ((0, 0),) * self._dims
+        self._room = tuple(
+            (r - lead, r - trail) for r, (lead, trail) in zip(self._reach, outside, strict=True)
+        )
+        even = all(lead == trail >= 0 for lead, trail in self._room)
+        self._room_native = tuple(lead for lead, _ in self._room) if even else None
+
         few = weight.shape[1] <= _FEW_CHANNELS and geometry.groups == 1 and max(geometry.dilation) == 1
         if max(self._stride) == 1:
             self._scatter = self._scatter_flipped
@@ -84,7 +94,7 @@ class Window:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve ``(b, wide channels, *wide)`` to ``(b, narrow channels, *narrow)``."""
         y: torch.Tensor = _CONV[self._dims](
-            pad(x, self._by_hand, self._mode),
+            pad(x, self._by_hand, self._mode) if self._any_by_hand else x,
             self._form("plain", _same),
             None,
             self._stride,
@@ -136,7 +146,7 @@ class Window:
             self._groups,
             self._dilation,
         )
-        return pad_adjoint(x, self._by_hand, self._mode)
+        return pad_adjoint(x, self._by_hand, self._mode) if self._any_by_hand else x
 
     def _scatter_phases(self, y: torch.Tensor) -> torch.Tensor:
         """Strided, few wide channels: one stride-1 convolution to all s·s phases at once, then interleaved.

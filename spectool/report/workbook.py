@@ -57,7 +57,8 @@ def _fill(sheet: Any, name: str, table: Table, bold: Any) -> None:
             f"sheet {name!r} would have {len(table.rows)} rows, and Excel holds {_MOST_ROWS - 1}",
             hint="write csv, or lower --top-k",
         )
-    sheet.write_row(0, 0, table.names, bold)
+    for place, header in enumerate(table.names):
+        sheet.write_string(0, place, header, bold)
     for line, row in enumerate(table.rows, start=1):
         for place, cell in enumerate(row):
             _write(sheet, line, place, cell)

@@ -121,9 +121,10 @@ def check_target(path: str | Path) -> None:
         raise OutputError(f"cannot write to {path}: it is a folder", hint="name a file in it")
     if not place.parent.is_dir():
         raise OutputError(f"cannot write {path}: there is no folder {place.parent}", hint="create it first")
-    if not os.access(place if _is_special(place) else place.parent, os.W_OK):
+    closed = [needed for needed in _needed(place) if not os.access(needed, os.W_OK)]
+    if closed:
         raise OutputError(
-            f"cannot write {path}: no permission to write in {place.parent}", hint="choose another"
+            f"cannot write {path}: no permission to write {closed[0]}", hint="choose another file"
         )
 
 
@@ -158,6 +159,13 @@ def replace_file(path: Path, data: bytes) -> None:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}", hint="choose another file"
         ) from error
+
+
+def _needed(place: Path) -> list[Path]:
+    """Return what must be writable: the folder, and the file where there is one (a rename alone would not ask it)."""
+    if _is_special(place):
+        return [place]
+    return [place.parent, place] if place.exists() else [place.parent]
 
 
 def _is_special(path: Path) -> bool:

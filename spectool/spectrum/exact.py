@@ -21,9 +21,10 @@ from spectool.linear import (
     SeparableMap,
 )
 from spectool.spectrum.dense import Solved, affordable, dense, matrix_levels
-from spectool.spectrum.independent import parts_of, solve_parts
+from spectool.spectrum.independent import solve_parts
 from spectool.spectrum.levels import EPS, Levels, products
 from spectool.spectrum.padding import is_copying
+from spectool.spectrum.parts import parts_of
 from spectool.spectrum.periodic import grid_levels
 from spectool.spectrum.stencil import convolution_of
 from spectool.spectrum.symbol import frequency_work, polynomial
@@ -119,7 +120,7 @@ def _convolution(A: ConvMap, k: int) -> Solved | None:
     circular = _circulant(A, k)
     if circular is not None:
         return circular
-    parts = parts_of(A, A)
+    parts = parts_of(A)
     if not parts and not is_copying(A):
         return Solved(Levels.nothing(), "exact:non-overlapping", "no tap reads a pixel")
     return solve_parts(parts, k)

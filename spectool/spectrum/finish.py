@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectool.spectrum.estimate import Estimate
+from spectool.spectrum.hochstenbach import FAILURE
 from spectool.spectrum.polish import polish
+from spectool.spectrum.starts import generator
+from spectool.spectrum.verify import verify
 
 if TYPE_CHECKING:
-    from spectool.linear import LinearMap
     from spectool.spectrum.gram import Gram
 
 
@@ -63,6 +65,61 @@ def finish(
         ritz=(pairs.values * unit).cpu(),
         coupling=(pairs.remainder @ pairs.remainder.T).cpu() * unit**2,
         ceiling=ceiling * unit,
+    )
+
+
+def conclude(
+    gram: Gram,
+    vectors: torch.Tensor,
+    k: int,
+    tol: float,
+    worst: float,
+    digest: bytes,
+    seed: int,
+    pairs: int,
+) -> Estimate:
+    """Verify and polish what a power method found; nothing that the verification sees is merged.
+
+    Args:
+        gram: The operator.
+        vectors: Rows ``(k, size)``.
+        k: How many.
+        tol: Tolerance.
+        worst: Largest relative residual the iteration saw.
+        digest: Fingerprint of the operator.
+        seed: Seed that was asked for.
+        pairs: Budget of the whole run.
+    """
+    rows = torch.linalg.qr(vectors.double().T).Q.T
+    wide = gram.double()
+    values = torch.linalg.svdvals(wide.forward(rows.to(wide.device)).double()).square()
+    verdict = verify(
+        gram,
+        rows,
+        float(values[0]),
+        float(values[k - 1]),
+        (generator(digest, seed, "verify"), generator(digest, seed, "verify again")),
+        pairs=max(16, min(200, pairs - gram.applications // 2 - k)),
+        tight=True,
+        tol=tol,
+        failure=FAILURE,
+    )
+    note = ""
+    if worst > tol:
+        note = f"not converged: residual {worst:.1e} above the tolerance {tol:.1e} when the budget ended"
+    elif verdict.above:
+        note = "not converged: the verification saw a larger value than the k-th"
+    elif not verdict.proven:
+        note = "not converged: the verification could not bound what is left within the budget"
+    return finish(
+        gram,
+        rows,
+        k,
+        tol,
+        tau=verdict.tau,
+        ceiling=float("inf"),
+        converged=not note,
+        note=note,
     )
 
 

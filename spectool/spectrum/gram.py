@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,7 @@ class Gram:
         self.size = min(wide, tall)
         self.factor = 1.0
         self._spent = [0]
+        self._double: Gram | None = None
 
     @property
     def applications(self) -> int:
@@ -52,11 +54,15 @@ class Gram:
 
     def double(self) -> Gram:
         """Return the same operator in float64 where the map allows it (on the CPU where the device has none)."""
-        device = torch.device("cpu") if self.device.type == "mps" else self.device
-        other = object.__new__(Gram)
-        other.__dict__.update(self.__dict__)
-        other.map = self.map.to(dtype=torch.float64, device=device)
-        return other
+        if self.dtype == torch.float64:
+            return self
+        if self._double is None:
+            device = torch.device("cpu") if self.device.type == "mps" else self.device
+            other = copy(self)
+            other.map = self.map.to(dtype=torch.float64, device=device)
+            # Where the map stays as it is, what was built for it stays too.
+            self._double = self if other.map is self.map else other
+        return self._double
 
     def prescale(self, probe: torch.Tensor) -> bool:
         """Set f so that ‖f·M·probe‖ ≈ ‖probe‖; False if M maps the random row ``probe`` to zero.
@@ -71,6 +77,8 @@ class Gram:
         norm = largest * float(torch.linalg.vector_norm(image / largest))
         gain = norm / float(torch.linalg.vector_norm(probe.double()))
         self.factor = 2.0 ** -round(math.log2(gain))
+        if self._double is not None and self._double is not self:
+            self._double.factor = self.factor
         return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

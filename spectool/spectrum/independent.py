@@ -10,172 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from spectool.linear import ConvGeometry, ConvMap, LinearMap, MatrixMap, padding_matrix
+from spectool.linear import LinearMap
 from spectool.spectrum.dense import SMALL_SIDE, Solved, matrix_levels
-from spectool.spectrum.levels import EPS, Floats, Levels, keep, products, union
-from spectool.spectrum.padding import is_copying, padding_norm, unpadded
-from spectool.spectrum.periodic import group_bounds, symbol_work
-from spectool.spectrum.stencil import Stencil, split, stencil_of
+from spectool.spectrum.levels import Levels, keep, products, union
+from spectool.spectrum.padding import padding_norm
+from spectool.spectrum.parts import BATCH_BYTES, Part, line_factors
+from spectool.spectrum.stencil import Stencil
 
 Iterate = Callable[[LinearMap, int], Solved]
 
-_BATCH_BYTES = 1 << 27
 _MOST_ITERATIVE = 6  # blocks that are worth a solver run of their own
-_BOUND_WORK = 3e10  # flops that bounds on the blocks may cost
 _PLAIN_WORK = 2e9  # flops below which all blocks are simply factorised
-_RANK_ONE = 1e-13  # relative remainder below which a kernel counts as a product
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Blocks of one shape: the groups of a stencil, ``count`` times each.
-
-    Attributes:
-        stencil: Undilated, or any stencil where ``conv`` is given.
-        count: How often every group occurs.
-        conv: The padded convolution that the stencil is the unpadded part of, where padding copies pixels.
-    """
-
-    stencil: Stencil
-    count: int
-    conv: ConvMap | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of one block."""
-        if self.conv is None:
-            return self.stencil.shape
-        groups = self.stencil.groups
-        return prod(self.conv.out_shape) // groups, prod(self.conv.in_shape) // groups
-
-    @property
-    def is_small(self) -> bool:
-        """Whether one block is worth a dense factorisation."""
-        m, n = self.shape
-        return min(m, n) <= SMALL_SIDE and 16.0 * m * n <= _BATCH_BYTES * 4
-
-    def matrices(self, index: Tensor) -> Tensor:
-        """Return some blocks as float64 matrices ``(b, m, n)``."""
-        stencil = self.stencil
-        some = Stencil(
-            stencil.weight[index],
-            stencil.sizes,
-            stencil.outputs,
-            stencil.stride,
-            stencil.dilation,
-            stencil.lead,
-        )
-        dense = some.to_matrices()
-        if self.conv is None:
-            return dense
-        channels = int(stencil.weight.shape[2])
-        dense = dense.reshape(len(index), dense.shape[1], channels, *stencil.sizes)
-        for axis, copies in enumerate(self.copies()):
-            dense = torch.tensordot(dense, copies, dims=([3 + axis], [0])).movedim(-1, 3 + axis)
-        return dense.reshape(len(index), *self.shape)
-
-    def copies(self) -> list[Tensor]:
-        """Return the padding matrix of each axis; empty where padding is zeros."""
-        if self.conv is None:
-            return []
-        geometry = self.conv.geometry
-        return [
-            padding_matrix(n, *pads, geometry.padding_mode)
-            for n, pads in zip(self.conv.in_shape[1:], geometry.padding, strict=True)
-        ]
-
-    def bounds(self) -> Floats:
-        """Return a proven bound on σ₁ of every block; infinite where it would cost too much."""
-        if self.conv is None:
-            if symbol_work(self.stencil) > _BOUND_WORK:
-                return np.full(self.stencil.groups, np.inf)
-            return group_bounds(self.stencil)
-        norm = padding_norm(self.conv)
-        result = np.zeros(self.stencil.groups)
-        for part, _ in split(self.stencil):
-            if not part.kernel:
-                own = torch.linalg.matrix_norm(part.weight.double()).numpy() * (1 + 1e-12)
-            elif symbol_work(part) > _BOUND_WORK:
-                return np.full(self.stencil.groups, np.inf)
-            else:
-                own = group_bounds(part)
-            result = np.maximum(result, own)
-        bounds: Floats = result * norm * (1 + 2 * EPS)
-        return bounds
-
-    def to_map(self, index: int, *, dtype: torch.dtype, device: torch.device | str) -> LinearMap:
-        """Return one block as a map to iterate with."""
-        block = self.stencil.group(index)
-        if self.conv is not None:
-            geometry = self.conv.geometry
-            single = ConvGeometry(
-                geometry.stride, geometry.padding, geometry.dilation, 1, geometry.padding_mode
-            )
-            shape = (int(block.weight.shape[2]), *self.conv.in_shape[1:])
-            return ConvMap(block.weight[0], shape, single, dtype=dtype, device=device)
-        if not block.kernel:
-            return MatrixMap(block.weight[0], dtype=dtype, device=device)
-        return block.to_map(dtype=dtype, device=device)
-
-
-def parts_of(A: LinearMap, conv: ConvMap | None) -> list[Part]:
-    """Return the independent parts of a convolution; equal groups are counted instead of repeated.
-
-    Args:
-        A: The map as given.
-        conv: ``stencil.convolution_of(A)``.
-    """
-    if conv is None:
-        return []
-    if is_copying(conv):
-        return _distinct(Part(unpadded(conv), 1, conv))
-    whole = stencil_of(conv)
-    if whole is None:
-        return []
-    return [part for stencil, count in split(whole) for part in _distinct(Part(stencil, count))]
-
-
-def _distinct(part: Part) -> list[Part]:
-    """Merge equal groups: fixed blur and up-sampling kernels repeat one kernel per channel."""
-    stencil = part.stencil
-    if stencil.groups == 1:
-        return [part]
-    flat = stencil.weight.flatten(1)
-    kinds, inverse, counts = torch.unique(flat.double(), dim=0, return_inverse=True, return_counts=True)
-    if len(kinds) == stencil.groups:
-        return [part]
-    merged = []
-    for count in torch.unique(counts).tolist():
-        chosen = [
-            int((inverse == kind).nonzero()[0]) for kind in (counts == count).nonzero().flatten().tolist()
-        ]
-        some = Stencil(
-            stencil.weight[torch.tensor(chosen)],
-            stencil.sizes,
-            stencil.outputs,
-            stencil.stride,
-            stencil.dilation,
-            stencil.lead,
-        )
-        merged.append(Part(some, part.count * count, part.conv))
-    return merged
-
-
-def is_trivial(parts: list[Part], A: LinearMap) -> bool:
-    """Whether cutting A apart gave nothing but A itself."""
-    if len(parts) != 1 or parts[0].count != 1 or parts[0].stencil.groups != 1:
-        return False
-    part = parts[0]
-    return bool(part.stencil.kernel) and part.shape in (
-        (prod(A.out_shape), prod(A.in_shape)),
-        (prod(A.in_shape), prod(A.out_shape)),
-    )
 
 
 # --- solving ------------------------------------------------------------------------------------------------
@@ -231,6 +80,8 @@ def solve_parts(
         _factorise(part, whole)
     if open_ and iterate is not None and not _iterate(open_, whole, iterate, dtype, device):
         return None
+    # A block's residuals are relative to its own σ₁, which is at most the whole's.
+    worst = max((residual for run in whole.runs for residual in run.residuals), default=0.0)
     kinds = [run for run in whole.runs if len(run.levels.upper)]
     top = max(kinds, key=lambda run: float(run.levels.upper[0]), default=None)
     proven = 0.0 if top is None else float(top.levels.upper[0])
@@ -243,7 +94,7 @@ def solve_parts(
         exact=not whole.runs,
         converged=all(run.converged for run in whole.runs),
         matvecs=sum(run.matvecs for run in whole.runs),
-        residuals=(max(run.residuals[0] for run in whole.runs),) if whole.runs else (),
+        residuals=(worst,) * k if whole.runs else (),
         note="; ".join(sorted({run.note for run in whole.runs if run.note})),
     )
 
@@ -257,7 +108,7 @@ def _factorise(part: Part, whole: _Union) -> None:
     if part.stencil.kernel and groups > 1 and work > _PLAIN_WORK:
         bounds = part.bounds()
     order = np.argsort(-bounds, kind="stable")
-    batch = max(1, min(groups, _BATCH_BYTES // (8 * m * n)))
+    batch = max(1, min(groups, BATCH_BYTES // (8 * m * n)))
     if np.isfinite(bounds).all():
         batch = min(batch, 8)
     for start in range(0, groups, batch):
@@ -308,7 +159,7 @@ def _product_levels(part: Part, k: int) -> Levels | None:
         return None
     found = []
     for index in range(stencil.groups):
-        factors = _factors(stencil.weight[index].detach().double())
+        factors = line_factors(stencil.weight[index].detach().double())
         if factors is None:
             return None
         channels, lines, remainder = factors
@@ -332,28 +183,6 @@ def _product_levels(part: Part, k: int) -> Levels | None:
             Levels(levels.values, np.maximum(levels.lower - extra, 0), levels.upper + extra, levels.count)
         )
     return union(found)
-
-
-def _factors(weight: Tensor) -> tuple[Tensor, list[Tensor], float] | None:
-    """Split ``(out, in, *k)`` into a channel matrix and one line of taps per axis; None if it is no product.
-
-    The third value bounds the norm of what is left over: Σ_t ‖E_t‖_F.
-    """
-    peak = [int(place) for place in torch.unravel_index(weight.abs().argmax(), weight.shape)]
-    top = weight[tuple(peak)]
-    if float(top) == 0.0:
-        return None
-    lines = [
-        weight[tuple(slice(None) if a == axis else p for a, p in enumerate(peak))] / top
-        for axis in range(2, weight.ndim)
-    ]
-    channels = weight[(slice(None), slice(None), *peak[2:])]
-    product = channels
-    for line in lines:
-        product = product[..., None] * line
-    rest = torch.linalg.vector_norm((weight - product).flatten(2), dim=(0, 1)).sum()
-    total = torch.linalg.vector_norm(weight)
-    return (channels, lines, float(rest)) if float(rest) <= _RANK_ONE * float(total) else None
 
 
 def _name(parts: list[Part], separable: bool) -> str:

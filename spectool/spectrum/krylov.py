@@ -94,8 +94,10 @@ class Krylov:
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Return Ritz values (descending), their coordinates (columns) and residual norms ‖B y − θ y‖."""
-        values, vectors = np.linalg.eigh(self.T)
-        values, vectors = values[::-1], vectors[:, ::-1]
+        # torch's, not numpy's: one setting for the number of threads, and no second pool fighting the first.
+        ascending = torch.linalg.eigh(torch.from_numpy(self.T))
+        values = ascending.eigenvalues.flip(0).numpy()
+        vectors = ascending.eigenvectors.flip(1).numpy()
         return values, vectors, np.linalg.norm(self.link @ vectors, axis=0)
 
     def restart(self, values: NDArray[np.float64], coordinates: NDArray[np.float64], keep: int) -> None:

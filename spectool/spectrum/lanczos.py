@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from spectool.linear import MatrixMap, exact_arithmetic
-from spectool.progress import Progress, Step, silent
+from spectool.linear import MatrixMap, exact_arithmetic, size
+from spectool.progress import Progress, silent
 from spectool.spectrum.finish import exhaust, finish, zero_estimate
 from spectool.spectrum.gram import Gram
-from spectool.spectrum.krylov import Krylov
-from spectool.spectrum.polish import rounding_unit
-from spectool.spectrum.probabilistic import FAILURE, log_inverse_delta
+from spectool.spectrum.hochstenbach import FAILURE
+from spectool.spectrum.search import Aim, Search, search
 from spectool.spectrum.starts import fingerprint, gaussian, generator
 from spectool.spectrum.verify import MARGIN, Verdict, verify
 
@@ -25,45 +24,20 @@ if TYPE_CHECKING:
     from spectool.linear import LinearMap
     from spectool.spectrum.estimate import Estimate
 
-BASIS = 24
-"""Fewest rows of the basis. Thick restarts make the count of pairs nearly independent of it (20…400 rows: within
-3 % on 13 operators), so it is small, because the time of orthogonalisation is not."""
-
-BASIS_MOST = 160
-"""Rows the basis may grow to on a stall."""
-
 ROUNDS = 16
 """Most rounds of search and verification."""
-
-CEILING_SHARE = 0.05
-"""Part of the failure probability spent on the ceiling; the rounds of verification share 0.7·(1 + ¼ + ¼² + …)."""
 
 COPIES = 4
 """Rows per block of the rounds after the first: what a single vector missed are copies of equal values."""
 
+CLOSING = 48
+"""Pairs set aside for a verification."""
+
+BLOCK = 4
+"""Rows per block on a large matrix."""
+
 LARGE = 1 << 22
 """Entries of a matrix beyond which it no longer fits a cache and a block reads it once for all its rows."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """What one run of the iteration found, largest first.
-
-    Attributes:
-        values: Ritz values of B, float64.
-        vectors: Their Ritz vectors, rows.
-        worst: Largest relative residual among the wanted ones.
-        converged: Whether ``worst`` met the tolerance.
-        stalled: Whether the arithmetic of this run cannot do better.
-        ceiling: Bound on B's largest eigenvalue from this run's coefficients, inflated; inf if there is none.
-    """
-
-    values: NDArray[np.float64]
-    vectors: torch.Tensor
-    worst: float
-    converged: bool
-    stalled: bool
-    ceiling: float
 
 
 def lanczos(
@@ -161,38 +135,23 @@ class _Run:
         )
 
     def _search(self, known: torch.Tensor, values: NDArray[np.float64], number: int) -> Search:
-        block = 1
-        if (
-            isinstance(self.A, MatrixMap)
-            and self.gram.size * max(*self.A.in_shape, *self.A.out_shape) > LARGE
-        ):
-            block = 4
+        """Search the complement of ``known``; go on in float64 where this arithmetic does not reach."""
+        m, n = size(self.A)
+        block = BLOCK if isinstance(self.A, MatrixMap) and m * n > LARGE else 1
         if number:
             block = max(block, min(self.k, COPIES))
-        closing = min(48, self.pairs // 4)
-        pairs = max(self.left() - closing, self.k + 2)
+        excess = math.inf if number else self.excess
         found = search(
-            self.gram,
-            known,
-            values,
-            self.k,
-            self.tol,
-            pairs,
-            block,
-            self.source(f"search {number}"),
-            self.progress,
-            excess=math.inf if number else self.excess,
+            self.gram, known, values, self._aim(excess), block, self.source(f"search {number}"), self.progress
         )
-        if found.stalled and self.gram.double().dtype != self.gram.dtype:
+        if found.stalled and self.gram.double() is not self.gram:
             self.gram = self.gram.double()
-            start = found.vectors.double().sum(dim=0, keepdim=True)
+            start = found.vectors.to(self.gram.device, self.gram.dtype).sum(dim=0, keepdim=True)
             again = search(
                 self.gram,
-                known.double(),
+                known.to(start),
                 values,
-                self.k,
-                self.tol,
-                max(self.left() - closing, self.k + 2),
+                self._aim(math.inf),
                 block,
                 self.source(f"search {number} again"),
                 self.progress,
@@ -200,9 +159,15 @@ class _Run:
             )
             found = replace(again, ceiling=found.ceiling)
         # On a complement the coefficients bound the complement only.
-        return found if not number else replace(found, ceiling=math.inf)
+        return replace(found, ceiling=math.inf) if number else found
 
-    def _verify(self, vectors, values, number, *, tight: bool) -> Verdict:
+    def _aim(self, excess: float) -> Aim:
+        closing = min(CLOSING, self.pairs // 4)
+        return Aim(self.k, self.tol, max(self.left() - closing, self.k + 2), excess)
+
+    def _verify(
+        self, vectors: torch.Tensor, values: NDArray[np.float64], number: int, *, tight: bool
+    ) -> Verdict:
         sources = (self.source(f"verify {number}"), self.source(f"verify {number} again"))
         return verify(
             self.gram,
@@ -212,94 +177,9 @@ class _Run:
             sources,
             pairs=max(16, min(200, self.left())),
             tight=tight,
+            tol=self.tol,
             failure=0.7 * FAILURE / 4.0**number,
         )
-
-
-def search(
-    gram: Gram,
-    known: torch.Tensor,
-    known_values: NDArray[np.float64],
-    k: int,
-    tol: float,
-    pairs: int,
-    block: int,
-    source: torch.Generator,
-    progress: Progress,
-    *,
-    excess: float = math.inf,
-    start: torch.Tensor | None = None,
-) -> Search:
-    """Iterate on the complement of ``known`` until all of the k largest values, known ones included, converged.
-
-    Args:
-        gram: The operator B.
-        known: Orthonormal rows found before ``(p, size)``, whose values are ``known_values``.
-        known_values: Their eigenvalues of B, descending.
-        k: How many values are wanted in all.
-        tol: Bound on the relative residuals ‖By − θy‖/sqrt(θ·θ₁).
-        pairs: Most pairs to spend.
-        block: Rows per step.
-        source: Generator for the start and for refills.
-        progress: Told about every convergence test.
-        excess: Go on after convergence until the ceiling is within this of σ̂₁, relatively.
-        start: Start row instead of a random one; gives up the ceiling.
-    """
-    space = gram.size - len(known)
-    capacity = min(max(2 * k + 6 * block, BASIS), space)
-    most = min(max(2 * capacity, BASIS_MOST), space)
-    krylov = Krylov(gram, known, capacity, block, source, start=start)
-    level = log_inverse_delta(gram.size, CEILING_SHARE * FAILURE)
-    noise, slack = 4.0 * torch.finfo(gram.dtype).eps, 2.0 * rounding_unit(gram)
-    target = max((1.0 + excess) ** 2, 1.0 + 4.0 * slack)
-    spent, tested, mark, since = 0, 0, math.inf, 0
-    while True:
-        # Invariant: spent pairs of this run; the basis has room for one more block, or a test comes first.
-        width = krylov.frontier
-        full, over = krylov.size + width > capacity or not width, spent + width > pairs
-        if full or over or (krylov.size >= k and krylov.size - tested >= max(2, krylov.size // 16)):
-            tested = krylov.size
-            values, coordinates, errors = krylov.ritz()
-            first = float(max([values[0], *known_values[:1]]))
-            merged = np.sort(np.concatenate([values, known_values]))[::-1]
-            kth = merged[min(k, len(merged)) - 1]
-            # The first is always wanted: a later round only runs because something there was seen above the k-th.
-            wanted = max(1, int(np.sum(values[:k] >= kth)))
-            floor = np.maximum(values[:wanted], np.finfo(np.float64).eps * first)
-            residuals = errors[:wanted] / np.sqrt(floor * first)
-            worst = float(residuals.max()) if width else 0.0
-            converged = worst <= tol and len(merged) >= k
-            resolved = noise * math.sqrt(first / floor[-1])
-            ceiling = krylov.certificate(values, level) + slack * first if converged or over else math.inf
-            loose = math.isfinite(ceiling) and ceiling > target * first
-            stalled = (
-                not converged
-                and resolved > 0.5 * tol
-                and bool((errors[:wanted] <= 16.0 * noise * first).all())
-            )
-            progress(Step("lanczos", matvecs=gram.applications, residual=worst))
-            if (converged and not loose) or stalled or over or not width:
-                count = min(k, len(values))
-                return Search(
-                    values[:count].copy(),
-                    krylov.vectors(coordinates[:, :count]),
-                    worst,
-                    converged,
-                    stalled,
-                    ceiling,
-                )
-            if full:
-                if since > 2 * capacity:
-                    if worst > 0.5 * mark and capacity < most:
-                        capacity = min(2 * capacity, most)
-                        krylov.grow(capacity)
-                    mark, since = worst, 0
-                keep = k + (krylov.size - k) // 3
-                krylov.restart(values, coordinates, keep)
-                tested = keep
-        krylov.expand()
-        spent += width
-        since += width
 
 
 def _merge(

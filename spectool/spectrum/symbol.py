@@ -56,7 +56,8 @@ class Polynomial:
     @cached_property
     def norms(self) -> Tensor:
         """Σ_q ‖B_q‖_F ``(groups,)``: bounds ‖H(θ)‖ everywhere and scales the rounding."""
-        return torch.linalg.vector_norm(self.coefficients.flatten(2), dim=2).sum(dim=1)
+        total: Tensor = torch.linalg.vector_norm(self.coefficients.flatten(2), dim=2).sum(dim=1)
+        return total
 
     @cached_property
     def rounding(self) -> Tensor:

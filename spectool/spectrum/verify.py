@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectool.spectrum.hochstenbach import Sturm, hochstenbach, log_inverse_delta
 from spectool.spectrum.polish import rounding_unit
-from spectool.spectrum.probabilistic import Sturm, hochstenbach, log_inverse_delta
 from spectool.spectrum.starts import gaussian
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def verify(
     *,
     pairs: int,
     tight: bool,
+    tol: float,
     failure: float,
 ) -> Verdict:
     """Look for something above ``last`` on the complement of ``vectors``, and bound what is there.
@@ -150,6 +151,8 @@ def verify(
         sources: Generators for the run and for a second run in float64, should the first break down.
         pairs: Most pairs to spend.
         tight: Whether to go on, for up to 100 pairs, until ``tau`` bounds the first value well too.
+        tol: Relative residuals of the vectors: their values are accurate to about its square, and what they
+            missed by that much is left on the complement.
         failure: Probability that ``tau`` does not hold.
     """
     for attempt, source in enumerate(sources):
@@ -159,7 +162,7 @@ def verify(
             slack = 2.0 * rounding_unit(gram) * first
         # Values below the rounding of a Gram operator are zero for all that can be said.
         accept = max(MARGIN**2 * last, 4.0 * slack)
-        resolution = 1e-6 if gram.dtype == torch.float32 else 1e-10
+        resolution = max(1e-6 if gram.dtype == torch.float32 else 1e-10, 30.0 * tol * tol)
         goal = max(min(accept, TIGHT**2 * first), 2.0 * slack) if tight else accept
         check = complement_run(
             gram,

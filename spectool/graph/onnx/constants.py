@@ -85,6 +85,12 @@ class Constants:
 
         self._put(name, Constant(shape, dtype_name(tensor.data_type), (key,), read))
 
+    def store_array(self, name: str, value: Array, key: str) -> None:
+        """Add a tensor of the file that is not written as a plain tensor."""
+        array = np.asarray(value)
+        self.stored_shapes[key] = array.shape
+        self.put(name, array, (key,))
+
     def put(self, name: str, value: Array, origins: tuple[str, ...] = ()) -> None:
         """Add a value that is known already."""
         array = np.asarray(value)

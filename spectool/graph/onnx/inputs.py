@@ -66,6 +66,11 @@ def resolve_inputs(
     return resolved, sizes
 
 
+def ones(shape: Dims | None) -> Dims | None:
+    """Return a shape with 1 wherever it is open."""
+    return None if shape is None else tuple(1 if size is None else size for size in shape)
+
+
 def example_shapes(resolved: Mapping[str, Dims | None]) -> dict[str, Dims | None]:
     """Return the input shapes with a plausible size wherever one is open."""
     return {

@@ -159,7 +159,7 @@ def _attach_matrix(
         return
     axis = 1 if transposed else 0
     name = _dequantised(state, operation, weight, scale, zero, axis)
-    state.attach_matrix(operation, name, "linear", transposed=transposed, assumed=ASSUMED)
+    state.attach_matrix(operation, name, "linear", transposed=transposed)
 
 
 def _attach_conv(
@@ -181,6 +181,7 @@ def _attach_conv(
     geometry = conv_geometry(operation.attributes, shape[2:], before[2:] if before else None)
     if geometry is None or before is None or after is None or None in before[1:] or None in after[1:]:
         state.unsized.append(operation.name)
+        state.skip(operation, weight, kind, "its input size cannot be inferred")
         return
     name = _dequantised(state, operation, weight, scale, zero, 0)
     weights, shapes = state.stored([weight])

@@ -168,7 +168,6 @@ class State:
         *,
         block: Block | None = None,
         transposed: bool = False,
-        assumed: tuple[str, ...] = (),
     ) -> None:
         """Add the row of a matrix, or of a block of a constant, that an operation holds inside."""
         name = weight if block is None else self.cut(weight, block)
@@ -182,7 +181,7 @@ class State:
                 nodes=(node,), weights=weights, weight_shapes=shapes,
                 in_shape=(rows,) if transposed else (columns,),
                 out_shape=(columns,) if transposed else (rows,),
-                assumed=(*self.assumed.get(weight, ()), *assumed),
+                assumed=self.assumed.get(weight, ()),
             ),
         )  # fmt: skip
 

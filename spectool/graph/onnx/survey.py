@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from spectool.checkpoint.onnxfile import named_tensors
 from spectool.errors import GraphError
 from spectool.graph.onnx.constants import Constants, dtype_name
 from spectool.graph.onnx.evaluate import Array, Evaluator
-from spectool.graph.onnx.inputs import declared_shape, example_shapes, missing_size, resolve_inputs
+from spectool.graph.onnx.inputs import declared_shape, example_shapes, missing_size, ones, resolve_inputs
 from spectool.graph.onnx.quantised import resolve_integer_products
 from spectool.graph.onnx.state import Dims, State
 from spectool.graph.onnx.walk import Walk
@@ -47,8 +48,8 @@ def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]]
         raise GraphError(f"{checkpoint.path} holds no ONNX graph")
     notes: list[str] = []
     graph_proto = _inlined(model, notes)
-    stored = {tensor.name for tensor in graph_proto.initializer}
-    stored |= {sparse.values.name for sparse in graph_proto.sparse_initializer}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored |= {sparse.values.name for sparse in model.graph.sparse_initializer}
     declared = {
         value.name: (declared_shape(value), dtype_name(value.type.tensor_type.elem_type))
         for value in graph_proto.input
@@ -62,11 +63,15 @@ def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]]
         return _survey(checkpoint, model, graph_proto, typed, sizes, notes)
 
     found, unsized = survey(resolved)
-    if unsized and any(shape is None or None in shape for shape in resolved.values()):
-        # Whether the open sizes are to blame shows when they are filled in.
-        still = survey(example_shapes(resolved))[1] if inputs else []
-        if set(still) != set(unsized):
-            raise missing_size(unsized[0], dims, resolved)
+    still_open = [name for name, shape in resolved.items() if shape is None or None in shape]
+    # Whether the open sizes are to blame shows when they are filled in.
+    if unsized and still_open and (not inputs or set(survey(example_shapes(resolved))[1]) != set(unsized)):
+        raise missing_size(unsized[0], dims, resolved)
+    if still_open:
+        # What is left does not change the size of any convolution: positions of a sequence, batches of states.
+        found, _ = survey({name: ones(shape) for name, shape in resolved.items()})
+        taken = f"open sizes of {', '.join(still_open)} are taken as 1: give --input for other ones"
+        found = replace(found, notes=(*found.notes, taken))
     return replace(found, items=tuple(_explained(item) for item in found.items))
 
 
@@ -83,13 +88,15 @@ def _survey(
         ("" if item.domain == "ai.onnx" else item.domain): item.version for item in model.opset_import
     }
     state = State(Constants(checkpoint, Evaluator(versions)), notes=list(notes))
-    walk = Walk(state, versions, model.ir_version, sizes)
-    scope = {}
+    named = named_tensors(model)  # kept alive, so that every id below stays the tensor's own
+    walk = Walk(state, versions, model.ir_version, sizes, keys={id(tensor): key for key, tensor in named})
+    scope: dict[str, str] = {}
+    walk.stored(model.graph, scope)
     for name, (dtype, shape) in inputs.items():
         scope[name] = walk.unique(name, "")
         walk.value(name, (dtype, shape))
         _sample_input(state, name, dtype, shape)
-    outputs = walk.graph(graph_proto, scope)
+    outputs = walk.graph(graph_proto, scope, top=True)
     resolve_integer_products(state)
     graph = _graph(state, list(inputs), outputs)
     _note_unused(state, graph)
@@ -135,12 +142,9 @@ def _inlined(model: onnx.ModelProto, notes: list[str]) -> onnx.GraphProto:
         inlined = inliner.inline_local_functions(light)
     except Exception as error:  # the inliner raises whatever its C++ side throws
         raise GraphError(f"the model's functions cannot be inlined: {error}") from error
-    graph = inlined.graph
-    del graph.input[len(model.graph.input) :]
-    graph.initializer.extend(model.graph.initializer)
-    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    del inlined.graph.input[len(model.graph.input) :]
     notes.append(f"inlined {len(model.functions)} functions of the model")
-    return graph
+    return inlined.graph
 
 
 def _sample_input(state: State, name: str, dtype: str, shape: Dims | None) -> None:
@@ -208,9 +212,13 @@ def _note_unused(state: State, graph: Graph) -> None:
 
 
 def _explained(item: Region | Skipped) -> Region | Skipped:
+    """Say what stands for an operator whose input size cannot be inferred."""
     if isinstance(item, Skipped) or (item.in_shape is not None and item.out_shape is not None):
         return item
-    if len(item.nodes) == 1 and isinstance(item.nodes[0].op, BatchNorm):
+    op = item.nodes[0].op
+    if len(item.nodes) == 1 and isinstance(op, BatchNorm):
         return replace(item, in_shape=None, out_shape=None, assumed=(*item.assumed, "any input size"))
+    if len(item.nodes) == 1 and isinstance(op, Conv):
+        return replace(item, in_shape=None, out_shape=None, assumed=(*item.assumed, "infinite grid"))
     reason = "its input size cannot be inferred"
     return Skipped(item.key, item.kind, item.weights, item.weight_shapes, reason, operators=item.operators)

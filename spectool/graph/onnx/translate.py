@@ -82,8 +82,10 @@ def _conv(state: State, operation: Operation) -> None:
     make = transposed_geometry if transposed else conv_geometry
     geometry = make(operation.attributes, shape[2:], size)
     if geometry is None:
+        reason = "its padding depends on an input size that is not known"
         state.unsized.append(operation.name)
-        state.emit(operation.boundary("its padding depends on an input size that is not known"))
+        state.skip(operation, weight, kind, reason)
+        state.emit(operation.boundary(reason))
         return
     state.emit(Node(operation.name, Conv(geometry), operation.inputs, operation.outputs))
 

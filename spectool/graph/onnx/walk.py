@@ -17,6 +17,7 @@ from spectool.graph.types import Node, Opaque, Value
 
 _DEEPEST_BODY = 64
 _GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+_BRANCHES = {"then_branch": "then.", "else_branch": "else."}
 _CONSTANT_VALUES = ("value", "value_float", "value_floats", "value_int", "value_ints", "sparse_value")
 
 
@@ -30,7 +31,7 @@ class Walk:
         ir_version: IR version of the model.
         sizes: Named dimension → size.
         taken: Unique names in use.
-        bodies: How often each prefix of a body's checkpoint keys occurred.
+        keys: id of a stored tensor in the model → its checkpoint key.
     """
 
     state: State
@@ -38,9 +39,11 @@ class Walk:
     ir_version: int
     sizes: Mapping[str, int]
     taken: set[str] = field(default_factory=set)
-    bodies: dict[str, int] = field(default_factory=dict)
+    keys: Mapping[int, str] = field(default_factory=dict)
 
-    def graph(self, proto: GraphProto, scope: dict[str, str], prefix: str = "", depth: int = 0) -> list[str]:
+    def graph(
+        self, proto: GraphProto, scope: dict[str, str], prefix: str = "", depth: int = 0, *, top: bool = False
+    ) -> list[str]:
         """Walk a graph or body whose inputs are in ``scope`` already; return unique names of its outputs.
 
         Args:
@@ -48,22 +51,37 @@ class Walk:
             scope: Names as written → unique names, outer ones included; grows.
             prefix: What the checkpoint puts before the names of this body's tensors.
             depth: How many bodies this one lies in.
+            top: Whether this is the model's graph, whose initializers are in ``scope``, too.
 
         Raises:
             GraphError: If the graph cannot be followed.
         """
         if depth > _DEEPEST_BODY:
             raise GraphError(f"control flow is nested more than {_DEEPEST_BODY} deep")
-        for tensor in proto.initializer:
-            name = scope[tensor.name] = self.unique(tensor.name, prefix)
-            self.state.constants.store(name, tensor, prefix + tensor.name)
-        for sparse in proto.sparse_initializer:
-            name = scope[sparse.values.name] = self.unique(sparse.values.name, prefix)
-            self.state.constants.put(name, _dense(sparse), (name,))
+        if not top:
+            self.stored(proto, scope, prefix)
         stated = {value.name: value for value in (*proto.value_info, *proto.output)}
         for node in proto.node:
             self._node(node, scope, stated, prefix, depth)
         return [self._resolve(value.name, scope, "the graph's outputs") for value in proto.output]
+
+    def stored(self, proto: GraphProto, scope: dict[str, str], prefix: str = "") -> None:
+        """Add the initializers of a graph to the constants."""
+        for tensor in proto.initializer:
+            name = scope[tensor.name] = self.unique(tensor.name, prefix)
+            self.state.constants.store(name, tensor, self._key(tensor, tensor.name, prefix))
+        for sparse in proto.sparse_initializer:
+            raw = sparse.values.name
+            name = scope[raw] = self.unique(raw, prefix)
+            self.state.constants.store_array(name, _dense(sparse), self._key(sparse, raw, prefix))
+
+    def _key(self, tensor: Any, raw: str, prefix: str) -> str:
+        """Return the checkpoint key of a stored tensor; by its name where the model was rewritten on the way."""
+        known = self.keys.get(id(tensor))
+        if known is not None:
+            return known
+        tensors = self.state.constants.checkpoint.tensors
+        return next((key for key in (f"{prefix}{raw}", raw) if key in tensors), f"{prefix}{raw}")
 
     def unique(self, raw: str, prefix: str) -> str:
         """Return a name that is not in use yet, ``raw`` itself if possible."""
@@ -113,7 +131,7 @@ class Walk:
         if domain:
             return False
         if node.op_type == "Constant":
-            return self._stored_constant(node, outputs[0], prefix + node.output[0])
+            return self._stored_constant(node, outputs[0], prefix)
         if node.op_type in ("Shape", "Size") and inputs and not state.constant(inputs[0]):
             return self._known_shape(node, inputs[0], outputs[0])
         if not any(inputs) or not all(state.constant(name) for name in inputs if name):
@@ -121,7 +139,8 @@ class Walk:
         types = infer(state, node, inputs, self._version(""), self.ir_version)
         return state.constants.fold(node, inputs, outputs, types)
 
-    def _stored_constant(self, node: Any, name: str, key: str) -> bool:
+    def _stored_constant(self, node: Any, name: str, prefix: str) -> bool:
+        constants = self.state.constants
         for attribute in node.attribute:
             if attribute.name not in _CONSTANT_VALUES:
                 continue
@@ -130,13 +149,15 @@ class Walk:
                 case "value":
                     if value.data_type == TensorProto.STRING:
                         return False
-                    self.state.constants.store(name, value, key)
+                    constants.store(name, attribute.t, self._key(attribute.t, node.output[0], prefix))
                 case "sparse_value":
-                    self.state.constants.put(name, _dense(value), (name,))
-                case "value_float" | "value_floats":
-                    self.state.constants.put(name, np.array(value, np.float32), (name,))
+                    key = self._key(attribute.sparse_tensor, node.output[0], prefix)
+                    constants.store_array(name, _dense(value), key)
                 case _:
-                    self.state.constants.put(name, np.array(value, np.int64), (name,))
+                    kind = np.float32 if "float" in attribute.name else np.int64
+                    constants.store_array(
+                        name, np.array(value, kind), self._key(attribute, node.output[0], prefix)
+                    )
             return True
         return False
 
@@ -229,15 +250,14 @@ class Walk:
         self.state.emit(Node(outputs[0], Opaque(f"onnx.{node.op_type}"), (*inputs, *finals), outputs))
 
     def _bodies(self, node: Any, prefix: str) -> list[tuple[str, GraphProto, str]]:
-        """Return attribute, body and checkpoint prefix of every graph in a node, as the checkpoint counts them."""
-        label = node.name or (node.output[0] if node.output else node.op_type)
+        """Return attribute, body and prefix of every graph in a node; prefixes are those of checkpoint keys."""
+        label = node.name or next(iter(node.output), node.op_type)
         found = []
         for attribute in node.attribute:
             bodies = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
+            branch = _BRANCHES.get(attribute.name, "") if node.op_type == "If" else ""
             for body in bodies if attribute.type in _GRAPHS else []:
-                inner = f"{prefix}{label}.{attribute.name}."
-                self.bodies[inner] = count = self.bodies.get(inner, 0) + 1
-                found.append((attribute.name, body, inner if count == 1 else f"{inner[:-1]}#{count}."))
+                found.append((attribute.name, body, f"{prefix}{label}.{branch}"))
         return found
 
     def _type(self, name: str) -> Type:

@@ -1,0 +1,171 @@
+"""The iteration of ``lanczos``: expand, test, restart, until the wanted values have converged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from spectool.progress import Progress, Step
+from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
+from spectool.spectrum.krylov import Krylov
+from spectool.spectrum.polish import rounding_unit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spectool.spectrum.gram import Gram
+
+BASIS = 24
+"""Fewest rows of the basis. Thick restarts make the count of pairs nearly independent of it (20…400 rows: within
+3 % on 13 operators), so it is small, because the time of orthogonalisation is not."""
+
+BASIS_MOST = 160
+"""Rows the basis may grow to on a stall."""
+
+CEILING_SHARE = 0.05
+"""Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
+
+SAFETY = 0.9
+"""Part of the tolerance that the recurrence's residuals must meet, so that the explicit ones meet the whole."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one run of the iteration found, largest first.
+
+    Attributes:
+        values: Ritz values of B.
+        vectors: Their Ritz vectors, rows.
+        worst: Largest relative residual among the wanted ones.
+        converged: Whether ``worst`` met the tolerance.
+        stalled: Whether the arithmetic of this run cannot do better.
+        ceiling: Bound on B's largest eigenvalue on the complement of the known rows, from this run's
+            coefficients, inflated by rounding; inf if there is none.
+    """
+
+    values: NDArray[np.float64]
+    vectors: torch.Tensor
+    worst: float
+    converged: bool
+    stalled: bool
+    ceiling: float
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a run is to reach.
+
+    Attributes:
+        k: How many values are wanted in all, known ones included.
+        tol: Bound on the relative residuals ‖By − θy‖/sqrt(θ·θ₁).
+        pairs: Most pairs to spend.
+        excess: Go on after convergence until the ceiling is within this of σ̂₁, relatively.
+    """
+
+    k: int
+    tol: float
+    pairs: int
+    excess: float = math.inf
+
+
+def search(
+    gram: Gram,
+    known: torch.Tensor,
+    known_values: NDArray[np.float64],
+    aim: Aim,
+    block: int,
+    source: torch.Generator,
+    progress: Progress,
+    *,
+    start: torch.Tensor | None = None,
+) -> Search:
+    """Iterate on the complement of ``known`` until the k largest values, known ones included, have converged.
+
+    Args:
+        gram: The operator B.
+        known: Orthonormal rows found before ``(p, size)``, whose values are ``known_values``.
+        known_values: Their eigenvalues of B, descending.
+        aim: What to reach.
+        block: Rows per step.
+        source: Generator for the start and for refills.
+        progress: Told about every convergence test.
+        start: Start row instead of a random one; gives up the ceiling.
+    """
+    space = gram.size - len(known)
+    capacity = min(max(2 * aim.k + 6 * block, BASIS), space)
+    most = min(max(2 * capacity, BASIS_MOST), space)
+    krylov = Krylov(gram, known, capacity, block, source, start=start)
+    level = log_inverse_delta(gram.size, CEILING_SHARE * FAILURE)
+    slack = 2.0 * rounding_unit(gram)
+    target = max((1.0 + aim.excess) ** 2, 1.0 + 4.0 * slack)
+    spent, due, before = 0, aim.k, (0, math.inf)
+    mark, best = 0, math.inf
+    while True:
+        # Invariant: ``spent`` pairs so far; a test comes when it is due, or when no block fits any more.
+        width = krylov.frontier
+        full, over = krylov.size + width > capacity or not width, spent + width > aim.pairs
+        if full or over or (krylov.size >= aim.k and spent >= due):
+            state = _test(krylov, known_values, aim)
+            progress(Step("lanczos", matvecs=gram.applications, residual=state.worst))
+            done = state.converged or state.stalled
+            ceiling = math.inf
+            if done or over:
+                ceiling = krylov.certificate(state.values, level) + slack * state.first
+                done &= state.stalled or ceiling <= target * state.first or math.isinf(ceiling)
+            if done or over or not width:
+                count = min(aim.k, len(state.values))
+                vectors = krylov.vectors(state.coordinates[:, :count])
+                values = state.values[:count].copy()
+                return Search(values, vectors, state.worst, state.converged, state.stalled, ceiling)
+            due = spent + _wait(spent, before, state.worst, aim.tol)
+            before = (spent, state.worst)
+            if state.worst < 0.5 * best:
+                mark, best = spent, state.worst
+            if full:
+                if spent - mark > 4 * capacity and capacity < most:
+                    capacity, mark = min(2 * capacity, most), spent
+                    krylov.grow(capacity)
+                keep = aim.k + (krylov.size - aim.k) // 3
+                krylov.restart(state.values, state.coordinates, keep)
+        krylov.expand()
+        spent += width
+
+
+@dataclass(frozen=True)
+class _State:
+    values: NDArray[np.float64]
+    coordinates: NDArray[np.float64]
+    first: float
+    worst: float
+    converged: bool
+    stalled: bool
+
+
+def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State:
+    """Compute the Ritz pairs and say how far the wanted ones are."""
+    values, coordinates, errors = krylov.ritz()
+    first = float(max([values[0], *known_values[:1]]))
+    merged = np.sort(np.concatenate([values, known_values]))[::-1]
+    kth = merged[min(aim.k, len(merged)) - 1]
+    # The first is wanted in any case: a later run is made because something there was seen above the k-th.
+    wanted = max(1, int(np.sum(values[: aim.k] >= kth)))
+    floor = np.maximum(values[:wanted], np.finfo(np.float64).eps * first)
+    worst = float((errors[:wanted] / np.sqrt(floor * first)).max()) if krylov.frontier else 0.0
+    converged = worst <= SAFETY * aim.tol and len(merged) >= aim.k
+    # B is applied with an error of about noise·θ₁; relative to a small θ that can be more than the tolerance.
+    noise = 4.0 * torch.finfo(krylov.gram.dtype).eps
+    hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
+    stalled = not converged and hopeless and bool((errors[:wanted] <= 16.0 * noise * first).all())
+    return _State(values, coordinates, first, worst, converged, stalled)
+
+
+def _wait(spent: int, before: tuple[int, float], worst: float, tol: float) -> int:
+    """Return after how many pairs to test again: half of what the last two tests extrapolate to."""
+    if not 0.0 < worst < before[1] < math.inf:
+        return 4
+    slope = math.log(before[1] / worst) / max(1, spent - before[0])
+    return int(min(6.0, max(2.0, 0.5 * math.log(max(1.0, worst / tol)) / slope)))
