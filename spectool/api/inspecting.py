@@ -13,9 +13,9 @@ import torch
 from spectool import __version__
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.operators import function_map
-from spectool.api.rows import Options, analysed_row, fill, listed_row
+from spectool.api.rows import Options, Tightening, analysed_row, fill, listed_row
 from spectool.api.selecting import select
-from spectool.api.sources import InputShapes, find, named_shapes
+from spectool.api.sources import InputShapes, Ways, find, named_shapes
 from spectool.checkpoint import sha256_of
 from spectool.errors import NothingToAnalyse, UsageError
 from spectool.graph import Region, Survey
@@ -50,6 +50,8 @@ def inspect(
     list_only: bool = False,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
+    recognise: bool = True,
+    trust: bool = False,
     shard: tuple[int, int] | None = None,
     hash: bool = False,
     progress: Progress = silent,
@@ -79,6 +81,8 @@ def inspect(
         arch: Architecture of a file without a program: ``torchvision:NAME``, ``timm:NAME`` or
             ``package.module:factory``.
         arch_args: Keyword arguments of the architecture's factory.
+        recognise: Whether to look a bare state dict up among known architectures.
+        trust: Whether the code of a pickled module may run to give exact operators.
         list_only: Whether to list operators and geometry only, nothing computed.
         shard: (i, n): analyse every n-th operator from the i-th.
         hash: Whether to hash the file.
@@ -115,14 +119,14 @@ def inspect(
         "key": key,
         "arch": arch,
         "arch_args": dict(arch_args) if arch_args else None,
+        "recognise": recognise,
+        "trust": trust,
         "shard": list(shard) if shard else None,
     }
     if not isinstance(source, (str, Path, torch.nn.Module)):
         return _inspect_function(source, input_shape, options, settings, progress)
     progress(Step("finding operators"))
-    found = find(
-        source, input_shape=input_shape, assume_bn=assume_bn, key=key, arch=arch, arch_args=arch_args
-    )
+    found = find(source, Ways(assume_bn, key, arch, arch_args, recognise, trust), input_shape)
     items = found.survey.items
     name = found.path or type(source).__name__
     if not any(isinstance(item, Region) or item.operators for item in items):
@@ -138,13 +142,14 @@ def inspect(
         )
     load = _cached(found.survey)
     rows: list[Row] = []
+    tightening = Tightening()
     for index, item in enumerate(chosen):
         if list_only:
             rows.append(listed_row(item))
             continue
         report_step = _numbered(progress, item.key, index, len(chosen))
         report_step(Step(item.key))
-        rows.append(analysed_row(item, load, options, report_step))
+        rows.append(tightening.note(item, analysed_row(item, load, options, report_step)))
     return Report(
         rows=tuple(rows),
         path=found.path,

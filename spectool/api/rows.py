@@ -12,7 +12,7 @@ import torch
 from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Region, Skipped
 from spectool.linear import InfiniteConv, MatrixMap
-from spectool.lower import lower, without_epsilon
+from spectool.lower import chain_parts, lower, without_epsilon
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Row
 from spectool.spectrum import Spectrum, supremum, svds
@@ -55,7 +55,8 @@ def listed_row(item: Region | Skipped) -> Row:
         level="composed" if composed else "layer",
         kind=item.kind,
         weights=item.weights,
-        weight_shape=shapes if composed or len(shapes) != 1 else shapes[0],
+        # A single operator has one shape, that of its matrix or kernel, whatever else it is stored with.
+        weight_shape=shapes if composed else max(shapes, key=math.prod, default=()),
         operators=item.operators,
     )
     if isinstance(item, Skipped):
@@ -122,6 +123,29 @@ def analysed_row(item: Region | Skipped, load: Load, options: Options, progress:
     return replace(filled, seconds=time.perf_counter() - start)
 
 
+class Tightening:
+    """Remembers σ₁ of single operators to say how much tighter the bound of a chain is than their product."""
+
+    def __init__(self) -> None:
+        self._single: dict[str, float] = {}
+
+    def note(self, item: Region | Skipped, row: Row) -> Row:
+        """Return the row, with the ratio in its note if it is a chain whose parts have all had rows."""
+        if isinstance(item, Skipped) or not row.sigma:
+            return row
+        if len(item.nodes) == 1:
+            self._single[item.nodes[0].outputs[0]] = row.sigma[0]
+            return row
+        parts = chain_parts(item)
+        if parts is None or len(parts) < 2 or row.sigma[0] == 0:
+            return row
+        values = [self._single.get(node.outputs[0]) for node in parts]
+        if any(value is None for value in values):
+            return row
+        ratio = math.prod(value for value in values if value is not None) / row.sigma[0]
+        return replace(row, note=_join(row.note, f"parts multiply to {ratio:.3g} times this"))
+
+
 def fill(row: Row, spectrum: Spectrum, infinite: bool = False) -> Row:
     """Return the row with a spectrum's numbers; unknown becomes None."""
     sigma = spectrum.values
@@ -149,9 +173,7 @@ def fill(row: Row, spectrum: Spectrum, infinite: bool = False) -> Row:
 
 
 def _largest(spectrum: Spectrum) -> Spectrum:
-    return replace(
-        spectrum, values=spectrum.values[:1], lower=spectrum.lower[:1], upper=spectrum.upper[:1]
-    )
+    return replace(spectrum, values=spectrum.values[:1], lower=spectrum.lower[:1], upper=spectrum.upper[:1])
 
 
 def _any_epsilon(item: Region, load: Load, spectrum: Spectrum) -> Spectrum:

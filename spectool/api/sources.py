@@ -1,4 +1,4 @@
-"""Where operators come from: a file, a file with a known architecture, a live module, a function."""
+"""Where operators come from: a file, a file with a known architecture, a live module."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectool.checkpoint import open_checkpoint
+from spectool.errors import CheckpointError, GraphError, UsageError
 from spectool.graph import Region, Survey, survey
 
 if TYPE_CHECKING:
@@ -36,24 +37,37 @@ class Found:
     notes: tuple[str, ...]
 
 
-def find(
-    source: str | Path | torch.nn.Module,
-    *,
-    input_shape: InputShapes | None = None,
-    assume_bn: bool = False,
-    key: str | None = None,
-    arch: str | None = None,
-    arch_args: Mapping[str, Any] | None = None,
-) -> Found:
+@dataclass(frozen=True)
+class Ways:
+    """How operators may be found where the file itself does not say.
+
+    Attributes:
+        assume_bn: Whether to guess conv–batch-norm pairs.
+        key: Which branch of a nested training checkpoint to take.
+        arch: Architecture that gives a file its program.
+        arch_args: Arguments of its factory.
+        recognise: Whether to look the file's keys and shapes up among known architectures.
+        trust: Whether the code of a pickled module may run.
+    """
+
+    assume_bn: bool = False
+    key: str | None = None
+    arch: str | None = None
+    arch_args: Mapping[str, Any] | None = None
+    recognise: bool = True
+    trust: bool = False
+
+
+def find(source: str | Path | torch.nn.Module, ways: Ways, input_shape: InputShapes | None = None) -> Found:
     """Find every operator of a file or a live module.
+
+    A file without a program of its own gets one, in this order, from ``arch``, from its pickled module if that may
+    run, from a fingerprint, from the ``config.json`` beside it; else its module tree or its tensors must do.
 
     Args:
         source: A checkpoint file or directory, or a module.
+        ways: How operators may be found.
         input_shape: As for ``inspect``.
-        assume_bn: As for ``inspect``.
-        key: As for ``inspect``.
-        arch: Architecture that gives a file without a program its program.
-        arch_args: Arguments of its factory.
 
     Raises:
         UsageError: If the architecture or the shapes do not fit.
@@ -65,37 +79,133 @@ def find(
 
         found = survey_live(source, shapes)
         return Found(found, None, None, found.notes)
-    checkpoint = open_checkpoint(source, key=key)
-    if arch is not None:
-        found = _with_architecture(checkpoint, arch, arch_args, shapes)
-    else:
-        found = survey(checkpoint, inputs=shapes, assume_bn=assume_bn)
-    return Found(found, str(source), checkpoint.format, (*checkpoint.notes, *found.notes))
+    checkpoint = open_checkpoint(source, key=ways.key)
+    found, notes = _find(checkpoint, ways, shapes)
+    return Found(found, str(source), checkpoint.format, (*checkpoint.notes, *notes, *found.notes))
 
 
-def _with_architecture(
-    checkpoint: Checkpoint, arch: str, arguments: Mapping[str, Any] | None, shapes: Mapping[str, Shape] | None
-) -> Survey:
-    from spectool.architectures import build, match_keys
+def _find(
+    checkpoint: Checkpoint, ways: Ways, shapes: Mapping[str, Shape] | None
+) -> tuple[Survey, tuple[str, ...]]:
+    if ways.arch is not None:
+        from spectool.architectures import build
+
+        module = build(ways.arch, ways.arch_args)
+        return _as_module(checkpoint, module, f"architecture: {ways.arch}", ways.arch, shapes), ()
+    from spectool.checkpoint.types import InertModule
+
+    if ways.trust and isinstance(checkpoint.program, InertModule):
+        return _trusted(checkpoint, shapes), ()
+    notes: tuple[str, ...] = ()
+    if checkpoint.program is None:
+        if isinstance(checkpoint.metadata.get("config"), Mapping):
+            found, notes = _from_config(checkpoint, checkpoint.metadata["config"], shapes)
+            if found is not None:
+                return found, ()
+        elif ways.recognise:
+            found, notes = _recognised(checkpoint, shapes)
+            if found is not None:
+                return found, ()
+    return survey(checkpoint, inputs=shapes, assume_bn=ways.assume_bn), notes
+
+
+def _recognised(
+    checkpoint: Checkpoint, shapes: Mapping[str, Shape] | None
+) -> tuple[Survey | None, tuple[str, ...]]:
+    """Return the survey of a known architecture; None, and why, where it is none or its input size is missing."""
+    from spectool.architectures import build
+    from spectool.architectures.fingerprints import recognise
+
+    known = recognise({name: ref.shape for name, ref in checkpoint.tensors.items()})
+    if known is None:
+        return None, ()
+    if shapes is None:
+        return None, (
+            f"looks like {known.name}: give --input 1x3x224x224, say, for exact operators and pairs",
+        )
+    try:
+        module = build(known.name, known.arguments)
+        label = f"architecture: {known.name} (recognised)"
+        return _as_module(checkpoint, module, label, known.name, shapes), ()
+    except (UsageError, GraphError) as error:
+        return None, (f"looks like {known.name}, but: {error}",)
+
+
+def _from_config(
+    checkpoint: Checkpoint, config: Mapping[str, Any], shapes: Mapping[str, Shape] | None
+) -> tuple[Survey | None, tuple[str, ...]]:
+    """Return the survey of the transformers model that a configuration describes; None, and why, if there is none."""
+    from spectool.architectures.huggingface import build_from_config, input_shapes
+
+    try:
+        module = build_from_config(config)
+        label = f"architecture: transformers:{type(module).__name__} (config.json)"
+        return _as_module(
+            checkpoint, module, label, type(module).__name__, shapes or input_shapes(module)
+        ), ()
+    except (UsageError, GraphError) as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        return None, (f"config.json not used: {error}{hint}",)
+
+
+def _trusted(checkpoint: Checkpoint, shapes: Mapping[str, Shape] | None) -> Survey:
+    """Unpickle a module, which runs its code, and follow it."""
     from spectool.graph.program import survey_live
 
-    module = build(arch, arguments)
-    wanted = {
-        name: tuple(tensor.shape)
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
+    try:
+        loaded = torch.load(checkpoint.path, map_location="cpu", weights_only=False)
+    except Exception as error:  # whatever a stranger's pickle raises
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: its module cannot be unpickled ({type(error).__name__}: {text})",
+            hint="its classes must be importable from here; without --trust the file is read as data",
+        ) from error
+    module = _module_in(loaded)
+    if module is None:
+        raise CheckpointError(f"{checkpoint.path} holds no module", hint="leave --trust away")
+    return survey_live(module.float(), shapes, notes=("its own code was run (--trust)",))
+
+
+def _module_in(value: Any) -> torch.nn.Module | None:
+    if isinstance(value, torch.nn.Module):
+        return value
+    if isinstance(value, Mapping):
+        return next((found for found in map(_module_in, value.values()) if found is not None), None)
+    return None
+
+
+def _as_module(
+    checkpoint: Checkpoint,
+    module: torch.nn.Module,
+    label: str,
+    name: str,
+    shapes: Mapping[str, Shape] | None,
+) -> Survey:
+    """Follow ``module`` with the checkpoint's weights; every row says where the program came from."""
+    from spectool.architectures import match_keys
+    from spectool.graph.program import survey_live
+
+    state = {
+        key: value
+        for key, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
     }
-    stored = {name: ref.shape for name, ref in checkpoint.tensors.items()}
-    match = match_keys(stored, wanted, architecture=arch)
-    notes = [f"architecture: {arch}"]
+    stored = {key: ref.shape for key, ref in checkpoint.tensors.items()}
+    match = match_keys(
+        stored,
+        {key: tuple(value.shape) for key, value in state.items()},
+        architecture=name,
+        tied={key: id(value) for key, value in state.items()},
+    )
+    notes = [label]
     if match.prefix:
         notes.append(f"prefix {match.prefix!r} stripped")
     if match.unused:
         shown = ", ".join(match.unused[:4]) + (", …" if len(match.unused) > 4 else "")
-        notes.append(f"{len(match.unused)} tensors of the file have no place in {arch}: {shown}")
+        notes.append(f"{len(match.unused)} tensors of the file have no place in {name}: {shown}")
     found = survey_live(module, shapes, keys=match.keys, load=checkpoint.read, notes=notes)
     items = tuple(
-        replace(item, assumed=(*item.assumed, f"architecture: {arch}")) if isinstance(item, Region) else item
+        replace(item, assumed=(*item.assumed, label)) if isinstance(item, Region) else item
         for item in found.items
     )
     return replace(found, items=items)

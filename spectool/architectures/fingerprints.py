@@ -13,7 +13,8 @@ from spectool.architectures.matching import PREFIXES
 Shape = tuple[int, ...]
 
 HEADS = frozenset(
-    "fc classifier head heads head_dist AuxLogits aux1 aux2 aux_classifier last_linear proj_head".split()
+    {"fc", "classifier", "head", "heads", "head_dist", "AuxLogits", "aux1", "aux2", "aux_classifier"}
+    | {"last_linear", "proj_head"}
 )
 """First components of the keys of classifiers, whose size depends on the task."""
 
@@ -68,7 +69,9 @@ def _classes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     biases = [
         (name, shape)
         for name, shape in shapes.items()
-        if name.split(".")[0] in {"fc", "classifier", "head", "heads"} and name.endswith("bias") and len(shape) == 1
+        if name.split(".")[0] in {"fc", "classifier", "head", "heads"}
+        and name.endswith("bias")
+        and len(shape) == 1
     ]
     if not biases:
         return {}

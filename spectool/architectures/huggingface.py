@@ -36,7 +36,8 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UsageError("config.json names no model_type")
-    plain = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    left_out = ("model_type", "auto_map", "quantization_config")
+    plain = {key: value for key, value in config.items() if key not in left_out}
     try:
         settings = transformers.AutoConfig.for_model(kind, **plain)
         names = config.get("architectures") or []
@@ -45,7 +46,9 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
             module = cls(settings) if cls is not None else transformers.AutoModel.from_config(settings)
     except Exception as error:  # whatever a library of hundreds of models raises
         text = str(error).splitlines()[0] if str(error) else ""
-        raise UsageError(f"transformers cannot build model_type {kind!r} ({type(error).__name__}: {text})") from error
+        raise UsageError(
+            f"transformers cannot build model_type {kind!r} ({type(error).__name__}: {text})"
+        ) from error
     return module.eval()
 
 
@@ -59,7 +62,10 @@ def input_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     vision = getattr(config, "vision_config", None) or config
     name = str(getattr(module, "main_input_name", "input_ids"))
     names = {name}
-    if getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None:
+    if (
+        getattr(config, "vision_config", None) is not None
+        and getattr(config, "text_config", None) is not None
+    ):
         names |= {"input_ids", "pixel_values"}
     if getattr(config, "is_encoder_decoder", False):
         names.add("decoder_input_ids")

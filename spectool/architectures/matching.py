@@ -31,28 +31,33 @@ class Match:
     prefix: str = ""
 
 
-def match_keys(stored: Mapping[str, Shape], wanted: Mapping[str, Shape], *, architecture: str) -> Match:
+def match_keys(
+    stored: Mapping[str, Shape],
+    wanted: Mapping[str, Shape],
+    *,
+    architecture: str,
+    tied: Mapping[str, int] | None = None,
+) -> Match:
     """Pair the tensors of a checkpoint with those of a module, prefixes of wrappers stripped.
 
     Args:
         stored: Checkpoint key → shape.
         wanted: Module name → shape of its parameters and persistent buffers.
         architecture: For the error.
+        tied: Module name → identity of its tensor; one name of several with one identity is enough.
 
     Raises:
         UsageError: If a wanted tensor is missing or has another shape; the message lists the first ones.
     """
-    best: tuple[int, str] | None = None
-    for prefix in _prefixes(list(stored)):
-        hits = sum(1 for key in stored if key.startswith(prefix) and key[len(prefix) :] in wanted)
-        if best is None or hits > best[0]:
-            best = (hits, prefix)
-    prefix = best[1] if best else ""
-    by_name = {key[len(prefix) :]: key for key in stored if key.startswith(prefix)}
+    identity = tied or {}
+    prefix, added = _prefix(stored, wanted)
+    by_name = {added + key[len(prefix) :]: key for key in stored if key.startswith(prefix)}
+    found = {name: by_name[name] for name in wanted if name in by_name}
+    by_identity = {identity[name]: key for name, key in found.items() if name in identity}
     problems = []
     keys = {}
     for name, shape in wanted.items():
-        key = by_name.get(name)
+        key = found.get(name) or by_identity.get(identity.get(name, -1))
         if key is None:
             if not name.endswith(_IGNORED):
                 problems.append(f"{name} {_text(shape)} is missing")
@@ -70,6 +75,22 @@ def match_keys(stored: Mapping[str, Shape], wanted: Mapping[str, Shape], *, arch
         )
     used = set(keys.values())
     return Match(keys, tuple(key for key in stored if key not in used), prefix)
+
+
+def _prefix(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, str]:
+    """Return what to strip from checkpoint keys and what to put before them for the most names in common.
+
+    A file of the base model alone lacks the prefix that a model with a head gives it (``bert.``, ``model.``).
+    """
+    heads = {""} | {name.split(".")[0] + "." for name in wanted if "." in name}
+    best = (-1, "", "")
+    for prefix in _prefixes(list(stored)):
+        names = [key[len(prefix) :] for key in stored if key.startswith(prefix)]
+        for added in sorted(heads):
+            hits = sum(1 for name in names if added + name in wanted)
+            if hits > best[0]:
+                best = (hits, prefix, added)
+    return best[1], best[2]
 
 
 def _prefixes(keys: Sequence[str]) -> list[str]:

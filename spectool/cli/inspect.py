@@ -38,6 +38,8 @@ def inspect(
     inputs: opt.Inputs = None,
     arch: opt.Arch = None,
     arch_args: opt.ArchArgs = None,
+    no_recognise: opt.NoRecognise = False,
+    trust: opt.Trust = False,
     method: opt.Method = opt.MethodName.auto,
     tol: opt.Tol = 1e-5,
     max_matvecs: opt.MaxMatvecs = None,
@@ -84,7 +86,8 @@ def inspect(
             file, k=top_k, input_shape=shapes, method=method.value, tol=tol, max_matvecs=max_matvecs, certify=certify,
             seed=seed, device=device, dtype=dtype, level=level.value, layers=tuple(layers or ()),
             exclude=tuple(exclude or ()), kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key,
-            arch=arch, arch_args=arguments, list_only=list_only, shard=part, hash=hash, progress=progress,
+            arch=arch, arch_args=arguments, recognise=not no_recognise, trust=trust, list_only=list_only,
+            shard=part, hash=hash, progress=progress,
         )  # fmt: skip
     deliver(report_layout(report, layout), target, layout, lambda width: draw_report(report, layout, width))
     conclude(report, target, verbose=verbose, listed=list_only)

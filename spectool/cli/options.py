@@ -121,6 +121,16 @@ ArchArgs = Annotated[
         COMPUTE, "--arch-args", metavar="JSON", help='Arguments of its factory, e.g. {"num_classes": 10}.'
     ),
 ]
+NoRecognise = Annotated[
+    bool,
+    option(COMPUTE, "--no-recognise", help="Do not look a bare state dict up among known architectures."),
+]
+Trust = Annotated[
+    bool,
+    option(
+        COMPUTE, "--trust", help="Let the code of a pickled module run, for exact operators; off by default."
+    ),
+]
 Hash = Annotated[bool, option(COMPUTE, "--hash", help="Put the file's SHA-256 into the result.")]
 
 Level = Annotated[

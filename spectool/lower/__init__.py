@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectool.lower.build import lower, without_epsilon
+from spectool.lower.build import chain_parts, lower, without_epsilon
 from spectool.lower.replay import execute, remake_region
 
-__all__ = ["execute", "lower", "remake_region", "without_epsilon"]
+__all__ = ["chain_parts", "execute", "lower", "remake_region", "without_epsilon"]

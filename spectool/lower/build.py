@@ -71,6 +71,12 @@ def without_epsilon(region: Region) -> Region:
     return replace(region, nodes=nodes)
 
 
+def chain_parts(region: Region) -> list[Node] | None:
+    """Return the nodes of a chain that do more than rearrange or shift, in order; None for a region with branches."""
+    chain = _chain(region)
+    return None if chain is None else [node for node in chain if not is_structural(node, region)]
+
+
 def _chain(region: Region) -> list[Node] | None:
     """Return the nodes if each reads only the one before it, else None."""
     previous = region.root

@@ -106,7 +106,7 @@ def conclude(
     )
     note = ""
     if worst > tol:
-        note = f"not converged: residual {worst:.1e} above the tolerance {tol:.1e} when the budget ended"
+        note = f"not converged: residual {worst:.1e}, tolerance {tol:.1e}"
     elif verdict.above:
         note = "not converged: the verification saw a larger value than the k-th"
     elif not verdict.proven:

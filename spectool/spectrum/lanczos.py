@@ -36,6 +36,10 @@ CLOSING = 48
 BLOCK = 4
 """Rows per block on a large matrix."""
 
+SAFETY = (0.7, 0.5)
+"""Part of the tolerance that the recurrence's residuals must meet in the first and in later rounds: what two or
+three rounds found is mixed at the end, and the explicit residuals of the mixture must meet the whole."""
+
 LARGE = 1 << 22
 """Entries of a matrix beyond which it no longer fits a cache and a block reads it once for all its rows."""
 
@@ -141,8 +145,9 @@ class _Run:
         if number:
             block = max(block, min(self.k, COPIES))
         excess = math.inf if number else self.excess
+        safety = SAFETY[min(number, 1)]
         found = search(
-            self.gram, known, values, self._aim(excess), block, self.source(f"search {number}"), self.progress
+            self.gram, known, values, self._aim(excess, safety), block, self.source(f"search {number}"), self.progress
         )
         if found.stalled and self.gram.double() is not self.gram:
             self.gram = self.gram.double()
@@ -151,7 +156,7 @@ class _Run:
                 self.gram,
                 known.to(start),
                 values,
-                self._aim(math.inf),
+                self._aim(math.inf, safety),
                 block,
                 self.source(f"search {number} again"),
                 self.progress,
@@ -161,9 +166,9 @@ class _Run:
         # On a complement the coefficients bound the complement only.
         return replace(found, ceiling=math.inf) if number else found
 
-    def _aim(self, excess: float) -> Aim:
+    def _aim(self, excess: float, safety: float) -> Aim:
         closing = min(CLOSING, self.pairs // 4)
-        return Aim(self.k, self.tol, max(self.left() - closing, self.k + 2), excess)
+        return Aim(self.k, safety * self.tol, max(self.left() - closing, self.k + 2), excess)
 
     def _verify(
         self, vectors: torch.Tensor, values: NDArray[np.float64], number: int, *, tight: bool
@@ -195,7 +200,7 @@ def _merge(
 def _note(found: Search, verdict: Verdict, tol: float) -> str:
     """Say in words why a run did not converge; empty if it did."""
     if not found.converged:
-        return f"not converged: residual {found.worst:.1e} of the tolerance {tol:.1e} when the budget ended"
+        return f"not converged: residual {found.worst:.1e}, tolerance {tol:.1e}"
     if verdict.above:
         return "not converged: the verification saw a larger value than could be computed within the budget"
     if not verdict.proven:

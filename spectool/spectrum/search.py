@@ -29,10 +29,6 @@ BASIS_MOST = 160
 CEILING_SHARE = 0.05
 """Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
 
-SAFETY = 0.9
-"""Part of the tolerance that the recurrence's residuals must meet, so that the explicit ones meet the whole."""
-
-
 @dataclass(frozen=True)
 class Search:
     """What one run of the iteration found, largest first.
@@ -155,12 +151,13 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
     wanted = max(1, int(np.sum(values[: aim.k] >= kth)))
     floor = np.maximum(values[:wanted], np.finfo(np.float64).eps * first)
     worst = float((errors[:wanted] / np.sqrt(floor * first)).max()) if krylov.frontier else 0.0
-    converged = worst <= SAFETY * aim.tol and len(merged) >= aim.k
-    # B is applied with an error of about noise·θ₁; relative to a small θ that can be more than the tolerance.
+    small = worst <= aim.tol and len(merged) >= aim.k
+    # B is applied with an error of about noise·θ₁, which ``errors`` do not see; relative to a small θ that can be
+    # more than the tolerance.
     noise = 4.0 * torch.finfo(krylov.gram.dtype).eps
     hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
-    stalled = not converged and hopeless and bool((errors[:wanted] <= 16.0 * noise * first).all())
-    return _State(values, coordinates, first, worst, converged, stalled)
+    stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
+    return _State(values, coordinates, first, worst, small and not hopeless, stalled)
 
 
 def _wait(spent: int, before: tuple[int, float], worst: float, tol: float) -> int:

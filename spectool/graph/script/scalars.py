@@ -142,7 +142,18 @@ FACTORIES = frozenset(
 """ATen operations that make tensors from numbers."""
 
 SPOKEN = frozenset(
-    {"pad", "div", "einsum", "gelu", "norm", "index_reduce", "scatter_reduce", "searchsorted", "linalg_norm", "stft"}
+    {
+        "pad",
+        "div",
+        "einsum",
+        "gelu",
+        "norm",
+        "index_reduce",
+        "scatter_reduce",
+        "searchsorted",
+        "linalg_norm",
+        "stft",
+    }
 )
 """ATen operations with a harmless string argument; any other string could be the name of a file."""
 
