@@ -97,8 +97,8 @@ def write_cnn(images: Tensor, labels: Tensor) -> Answers:
     sequential, _ = train(digits_sequential, large, labels, seed=3)
     torch.save(sequential, HERE / "digits_sequential_module.pt")
     return {
-        "cnn program": cnn_program(state, onnx=False),
-        "cnn onnx": cnn_program(state, onnx=True),
+        "cnn program": cnn_program(state),
+        "cnn onnx": cnn_program(state, eps=float(np.float32(1e-5))),
         "cnn tensors": cnn_tensors(state),
         "cnn module": cnn_module(state),
         "sequential program": sequential_program(sequential.state_dict()),

@@ -196,14 +196,11 @@ LAYERS: dict[str, tuple[Function | None, Shape, dict[str, Any]]] = {
 }
 
 
-def cnn_program(state: State, *, onnx: bool) -> list[Row]:
+def cnn_program(state: State, eps: float = 1e-5) -> list[Row]:
     """Return the rows of ``DigitsCNN`` where its program is known, layers first, then compositions.
 
-    ONNX has two peculiarities. Padding other than with zeros is an operation of its own there: the bare
-    convolution reads a padded input, and a larger region holds both. And the eps of a batch norm is a float32,
-    which moves singular values by up to 2e-12.
+    ``eps`` is that of its batch norms: ONNX stores it in float32, which moves singular values by up to 2e-12.
     """
-    eps = float(np.float32(1e-5)) if onnx else 1e-5
     state = {name: tensor.double() for name, tensor in state.items()}
     rows, pairs, functions = [], [], {}
     for name, (pad, in_shape, options) in LAYERS.items():
@@ -211,18 +208,15 @@ def cnn_program(state: State, *, onnx: bool) -> list[Row]:
         apply = F.conv_transpose2d if name == "up" else F.conv2d
         kind = "conv_transpose2d" if name == "up" else "conv2d"
         convolve, normalise = partial(apply, weight=state[kernel], **options), norm(state, f"{name}.bn", eps)
-        functions[name] = chain(*filter(None, [pad, convolve, normalise]))
-        read = in_shape
-        if pad and onnx:
-            read = tuple(pad(torch.zeros(1, *in_shape)).shape[1:])
-        elif pad:
-            convolve = chain(pad, convolve)
+        # A program shows the padding as an operation of its own: the bare convolution reads a padded input.
+        read = tuple(pad(torch.zeros(1, *in_shape)).shape[1:]) if pad else in_shape
         pair = chain(convolve, normalise)
+        functions[name] = chain(pad, pair) if pad else pair
         rows.append(measured(kernel, convolve, read, kind=kind))
         rows.append(measured(gamma, normalise, rows[-1].output_shape, kind="batchnorm"))
         joined = f"{kernel} + {gamma}"
         pairs.append(measured(joined, pair, read, kernel, gamma, level="composed", kind=f"{kind}+batchnorm"))
-        if pad and onnx:
+        if pad:
             pairs.append(region(f"{joined}#2", functions[name], in_shape, kernel, gamma))
     head = partial(F.linear, weight=state["head.weight"])
     rows.append(measured("head.weight", head, (192,), kind="linear"))

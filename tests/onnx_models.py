@@ -102,7 +102,9 @@ def region(survey: Survey, key: str, level: str = "") -> Region:
     return found
 
 
-def run(proto: onnx.ModelProto, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+def run(
+    proto: onnx.ModelProto, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+) -> list[Array]:
     """Run a model with ONNX Runtime."""
     import onnxruntime
 
@@ -126,7 +128,8 @@ def jacobian(function: Callable[[Array], Array], shape: Sequence[int]) -> Array:
     size = int(np.prod(shape))
     zero = function(np.zeros(shape, np.float32)).astype(np.float64).reshape(-1)
     columns = [
-        function(row.reshape(shape)).astype(np.float64).reshape(-1) - zero for row in np.eye(size, dtype=np.float32)
+        function(row.reshape(shape)).astype(np.float64).reshape(-1) - zero
+        for row in np.eye(size, dtype=np.float32)
     ]
     return np.stack(columns, axis=1)
 

@@ -75,13 +75,15 @@ class Net:
 
     def conv(self, x: str, name: str, out: int, **geometry: Any) -> str:
         shape = self.values[x].shape
-        assert shape is not None and shape[1] is not None
+        assert shape is not None
+        assert shape[1] is not None
         self.weight(name, out, shape[1] // geometry.get("groups", 1), 1, 1)
         return self(Conv(ConvGeometry.plain(2, **geometry)), (x, name), (1, out, *shape[2:]))
 
     def norm(self, x: str, name: str) -> str:
         shape = self.values[x].shape
-        assert shape is not None and shape[1] is not None
+        assert shape is not None
+        assert shape[1] is not None
         names = [self.weight(f"{name}.{part}", shape[1]) for part in ("gamma", "beta", "mean", "var")]
         return self(BatchNorm(1e-5), (x, *names), shape)
 
@@ -100,7 +102,7 @@ def move(net: Net) -> Any:
     """The operations on index arrays that these graphs use, in numpy."""
 
     def run(node: Node, arrays: Sequence[np.ndarray | None]) -> Sequence[np.ndarray]:
-        (x,) = [array for array in arrays if array is not None]
+        x = next(array for array in arrays if array is not None)
         assert isinstance(node.op, Call)
         values = node.op.attributes
         match node.op.name.removeprefix("onnx."):
@@ -112,6 +114,8 @@ def move(net: Net) -> Any:
                 return [x.transpose(values["perm"])]
             case "Gather":
                 return [np.take(x, values["index"], values["axis"])]
+            case "Concat":
+                return [np.concatenate([array for array in arrays if array is not None], values["axis"])]
         raise ValueError(node.op.name)
 
     return run
@@ -300,12 +304,12 @@ def test_weightless_regions_have_rows_that_count_nothing() -> None:
     moved = net(call("Reshape"), ("x", "gain"), (1, 48), "moved")
     cut = net(call("Slice"), ("x",), (1, 3, 2, 2), "cut")
     channels = net(call("ReduceMean"), ("x",), (1, 1, 4, 4), "channels")
-    survey = net.survey(pool, mean, scale, moved, cut, channels)
+    centred = net(call("Sub"), ("x", channels), (1, 3, 4, 4), "centred")
+    survey = net.survey(pool, mean, scale, moved, cut, channels, centred)
     assert rows(survey) == [
         ("avgpool:pooled", "avgpool", True),
         ("avgpool:mean", "avgpool", True),
         ("gain", "scale", True),
-        ("region:channels", "region", True),
     ]
     assert {item.operators for item in survey.items} == {0}
     assert region(survey, "avgpool:pooled").in_shape == (3, 4, 4)
@@ -317,16 +321,31 @@ def test_a_value_used_twice_in_a_concatenation_is_more_than_its_operator() -> No
     twice = net(call("Concat", axis=1), (h, h), (1, 8))
     once = net(call("Concat", axis=1), (h, net.weight("pad", 1, 2)), (1, 6))
     survey = net.survey(net(RELU, (twice,), (1, 8)), net(RELU, (once,), (1, 6)))
-    assert rows(survey) == [("w", "linear", False), ("w", "linear", True), ("w#2", "linear", True)]
-    assert len(region(survey, "w#2").nodes) == 2
+    assert rows(survey) == [("w", "linear", True), ("w", "linear", True)]
+    _, composed = survey.items
+    assert isinstance(composed, Region)
+    assert (composed.level, composed.out_shape, len(composed.nodes)) == ("composed", (8,), 2)
 
 
-def test_a_gather_that_repeats_entries_is_a_region_and_one_that_does_not_is_none() -> None:
-    net = Net(x=(1, 6))
-    net.weight("index", 3)
-    repeated = net(call("Gather", axis=1, index=(0, 0, 1)), ("x", "index"), (1, 3), "repeated")
-    chosen = net(call("Gather", axis=1, index=(5, 0, 1)), ("x", "index"), (1, 3), "chosen")
-    assert rows(net.survey(repeated, chosen)) == [("region:repeated", "region", True)]
+def test_a_gather_that_repeats_entries_is_more_than_its_operator() -> None:
+    for index, maximal in (((5, 0, 1), True), ((0, 0, 1), False)):
+        net = Net(x=(1, 9, 6))
+        h = net.linear("x", "w", 4, 6)
+        y = net(call("Gather", axis=1, index=index), (h, net.weight("index", 3)), (1, 3, 4))
+        survey = net.survey(net(RELU, (y,), (1, 3, 4)))
+        assert rows(survey)[0] == ("w", "linear", maximal)
+        assert len(survey.items) == (1 if maximal else 2)
+
+
+def test_constants_that_join_a_value_change_nothing() -> None:
+    """A class token before the patches: the convolution's own values and some zeros."""
+    net = Net(x=(1, 3, 4, 4))
+    h = net.conv("x", "patch", 6)
+    h = net(call("Reshape"), (h, net.weight("shape", 3)), (1, 6, 16))
+    h = net(call("Transpose", perm=(0, 2, 1)), (h,), (1, 16, 6))
+    h = net(call("Concat", axis=1), (net.weight("token", 1, 1, 6), h), (1, 17, 6))
+    y = net(call("Add"), (h, net.weight("positions", 1, 17, 6)), (1, 17, 6))
+    assert rows(net.survey(net(RELU, (y,), (1, 17, 6)))) == [("patch", "conv2d", True)]
 
 
 def test_the_second_use_of_a_weight_is_numbered() -> None:
@@ -377,7 +396,9 @@ def test_a_batch_axis_of_one_is_left_out_and_any_other_is_kept() -> None:
     single, several = Net(x=(1, 2, 4)), Net(x=(3, 2, 4))
     for net, expected in ((single, (2, 4)), (several, (3, 2, 4))):
         shape = net.values["x"].shape
-        h = net(call("Concat", axis=1), ("x", "x"), (shape[0], 4, 4) if shape else ())
+        assert shape is not None
+        h = net(call("Mul"), ("x", net.weight("c", 4)), shape)
+        h = net(call("Concat", axis=1), (h, "x"), (shape[0], 4, 4))
         (item,) = net.survey(h).items
         assert isinstance(item, Region)
         assert (item.in_shape, item.batched) == (expected, net is single)
@@ -392,7 +413,7 @@ def fused_projection(x: tuple[int, ...], heads: int = 2) -> tuple[Net, tuple[str
     width = x[-1]
     h = net.linear("x", "qkv", 3 * width, width)
     h = net(call("Add"), (h, net.weight("bias", 3 * width)), (*x[:-1], 3 * width))
-    q, k, v = net.many(call("Split", axis=len(x) - 1), (h,), {name: x for name in ("q", "k", "v")})
+    q, k, v = net.many(call("Split", axis=len(x) - 1), (h,), dict.fromkeys(("q", "k", "v"), x))
     net.weight("half", value=torch.tensor(0.5))
     q = net(call("Mul"), (q, "half"), x)
     return net, tuple(net(RELU, (part,), x) for part in (q, k, v))
@@ -474,17 +495,52 @@ def test_channels_of_a_grouped_convolution_are_replayed() -> None:
 
 
 def test_the_same_chain_at_every_position_is_one_position() -> None:
-    """A normalisation's gain before a projection: T copies of diag(gain) then W."""
+    """A normalisation's gain before a projection, split into heads and halves: diag(gain), then a half of W."""
+    net = Net(x=(1, 5, 4))
+    h = net(call("Mul"), ("x", net.weight("gain", 1, 1, 4)), (1, 5, 4))
+    h = net(call("Add"), (h, net.weight("shift", 4)), (1, 5, 4))
+    h = net.linear(h, "w", 8, 4)
+    h = net(call("Reshape"), (h, net.weight("shape", 4)), (1, 5, 2, 4))
+    h = net(call("Transpose", perm=(0, 2, 1, 3)), (h,), (1, 2, 5, 4))
+    net.weight("third", value=torch.tensor([3.0]))
+    halves = net.many(call("Split", axis=1), (h,), {"a": (1, 1, 5, 4), "b": (1, 1, 5, 4)})
+    scaled = net(call("Div"), (halves[1], "third"), (1, 1, 5, 4))
+    survey = net.survey(net(RELU, (halves[0],), (1, 1, 5, 4)), net(RELU, (scaled,), (1, 1, 5, 4)))
+    assert rows(survey) == [
+        ("w", "linear", False),
+        ("gain + w[0:4]", "scale+linear", True),
+        ("gain + w[4:8]", "scale+linear+scale", True),
+    ]
+    for key, first, alpha in (("gain + w[0:4]", 0, 1.0), ("gain + w[4:8]", 4, 1 / 3)):
+        item = region(survey, key)
+        scale, linear = item.nodes
+        assert (item.in_shape, item.out_shape, item.weights) == ((4,), (4,), ("gain", "w"))
+        assert scale.inputs[0] == item.root
+        assert linear.inputs[0] == scale.outputs[0]
+        assert isinstance(linear.op, Linear)
+        assert linear.op.alpha == pytest.approx(alpha)
+        torch.testing.assert_close(survey.load(scale.inputs[1]), net.tensors["gain"][0, 0])
+        torch.testing.assert_close(survey.load(linear.inputs[1]), net.tensors["w"][first : first + 4])
+
+
+def test_positions_may_be_selected_on_the_way() -> None:
+    """A normalised class token before the classifier: the gain, then W, at one position."""
     net = Net(x=(1, 5, 4))
     h = net(call("Mul"), ("x", net.weight("gain", 4)), (1, 5, 4))
-    h = net(call("Add"), (h, net.weight("shift", 4)), (1, 5, 4))
-    h = net.linear(h, "w", 6, 4)
-    y = net(call("Reshape"), (h, net.weight("shape", 4)), (1, 5, 2, 3))
-    survey = net.survey(net(RELU, (y,), (1, 5, 2, 3)))
+    h = net(call("Gather", axis=1, index=0), (h, net.weight("zero", 1)), (1, 4))
+    net.weight("half", value=torch.tensor(0.5))
+    h = net(call("Mul"), (h, "half"), (1, 4))
+    y = net.linear(h, "w", 6, 4)
+    survey = net.survey(net(RELU, (y,), (1, 6)))
     item = region(survey, "gain + w")
-    assert (item.kind, item.in_shape, item.out_shape) == ("scale+linear", (4,), (6,))
-    assert [type(node.op).__name__ for node in item.nodes] == ["Call", "Linear"]
-    assert item.nodes[1].inputs[0] == item.nodes[0].outputs[0]
+    assert (item.kind, item.in_shape, item.out_shape, len(item.nodes)) == (
+        "scale+scale+linear",
+        (4,),
+        (6,),
+        2,
+    )
+    assert isinstance(item.nodes[1].op, Linear)
+    assert item.nodes[1].op.alpha == 0.5
 
 
 def test_a_chain_that_mixes_positions_keeps_them() -> None:

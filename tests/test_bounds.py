@@ -20,8 +20,8 @@ from spectool.linear import (
     MatrixMap,
     padding_matrix,
 )
-from spectool.spectrum import supremum, svds
 from spectool.spectrum import bounds as bounds_module
+from spectool.spectrum import supremum, svds
 from spectool.spectrum.any_size import any_size, enclose_supremum
 from spectool.spectrum.bounds import deterministic, stencil_bound
 from spectool.spectrum.cholesky import proven_bound
@@ -37,7 +37,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def geometry(
     dims: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1, mode: str = "zeros"
-):  # noqa: ANN201
+):
     return ConvGeometry((stride,) * dims, ((padding, padding),) * dims, (dilation,) * dims, groups, mode)  # type: ignore[arg-type]
 
 
@@ -66,18 +66,18 @@ def symbol_of(A: ConvMap, k: int = 1) -> Matrix:
 @pytest.mark.parametrize(
     ("shape", "size", "options", "excess"),
     [
-        ((1, 1, 5), (500,), {"padding": 2}, 2e-5),
-        ((2, 2, 3), (300,), {"padding": 1}, 1e-4),
-        ((1, 1, 3, 3), (30, 30), {"padding": 1}, 6e-3),
-        ((4, 4, 3, 3), (15, 15), {"padding": 1}, 2.5e-2),
+        ((1, 1, 5), (300,), {"padding": 2}, 5e-5),
+        ((2, 2, 3), (100,), {"padding": 1}, 1e-3),
+        ((1, 1, 3, 3), (18, 18), {"padding": 1}, 1.5e-2),
+        ((3, 3, 3, 3), (14, 14), {"padding": 1}, 2.5e-2),
         ((8, 8, 3, 3), (7, 7), {"padding": 1}, 1e-1),
-        ((8, 3, 7, 7), (20, 20), {"padding": 3, "stride": 2}, 5e-2),
+        ((4, 3, 7, 7), (14, 14), {"padding": 3, "stride": 2}, 8e-2),
     ],
 )
 def test_symbol_bound_is_tight(
     shape: tuple[int, ...], size: tuple[int, ...], options: dict[str, int], excess: float
 ) -> None:
-    for seed in range(2):
+    for seed in range(3):
         A = conv(gaussian(*shape, seed=seed), size, **options)
         truth, bound = float(sigma_of(A)[0]), float(symbol_of(A)[0])
         assert truth * (1 - 1e-12) <= bound <= truth * (1 + excess)
@@ -151,9 +151,9 @@ def test_symbol_bound_at_every_scale() -> None:
             plain * scale, rel=1e-12
         )
     for scale in (1e-200, 1e200):
-        found = svds(conv(weight * scale, (40, 40), padding=1), 1, certify=True, method="lanczos")
+        found = svds(conv(weight * scale, (20, 20), padding=1), 1, certify=True, method="lanczos")
         assert found.upper_kind == "symbol"
-        assert found.lower[0] <= found.upper[0] <= found.lower[0] * 1.01
+        assert found.lower[0] <= found.upper[0] <= found.lower[0] * 1.02
 
 
 # --- symbol for any size ---------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_padding_that_no_tap_reads_costs_nothing() -> None:
 
 @pytest.mark.parametrize(("mode", "norm"), [("reflect", 2.0), ("replicate", 2.0), ("circular", 2.0)])
 def test_padding_bound_is_the_valid_norm_times_the_padding_norms(mode: str, norm: float) -> None:
-    A = conv(torch.ones(1, 1, 3, 3), (20, 20), padding=1, mode=mode)
+    A = conv(torch.ones(1, 1, 3, 3), (12, 12), padding=1, mode=mode)
     assert padding_norm(A) == pytest.approx(norm)
     bound = stencil_bound(unpadded(A), 1).expand(1)[2][0] * padding_norm(A)
     truth = float(sigma_of(A)[0])
@@ -337,7 +337,7 @@ def test_cholesky_certifies_a_large_linear_layer(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_certificate_of_a_middling_linear_layer_is_its_spectrum() -> None:
-    weight = gaussian(1100, 1040)
+    weight = gaussian(1060, 1040)
     found = svds(MatrixMap(weight), 2, certify=True)
     assert found.method == "dense"
     assert found.upper_kind == "exact"
@@ -352,8 +352,8 @@ def test_a_certificate_of_a_middling_linear_layer_is_its_spectrum() -> None:
 
 def test_product_bound_multiplies_the_parts() -> None:
     first, second = (
-        conv(gaussian(6, 3, 3, 3, seed=1), (12, 12), padding=1),
-        conv(gaussian(4, 6, 3, 3, seed=2), (12, 12), padding=1),
+        conv(gaussian(6, 3, 3, 3, seed=1), (8, 8), padding=1),
+        conv(gaussian(4, 6, 3, 3, seed=2), (8, 8), padding=1),
     )
     chain = Composed(second, first)
     bound = deterministic(chain, 5)
@@ -363,10 +363,8 @@ def test_product_bound_multiplies_the_parts() -> None:
     assert all(part is not None for part in parts)
     ones = [float(part.upper[0]) for part in parts if part is not None]
     assert bound.upper[0] == pytest.approx(ones[0] * ones[1], rel=1e-12)
-    a, b = (np.linalg.svd for _ in range(2))
-    truth = a(dense_matrix(second) @ dense_matrix(first), compute_uv=False)[:5]
+    truth = np.linalg.svd(dense_matrix(second) @ dense_matrix(first), compute_uv=False)[:5]
     assert (truth <= bound.upper * (1 + 1e-12)).all()
-    assert b is not None
 
 
 def dense_matrix(A: ConvMap) -> Matrix:
@@ -377,7 +375,7 @@ def dense_matrix(A: ConvMap) -> Matrix:
 
 
 def test_certified_chain_says_product_and_an_uncertified_one_takes_the_smaller() -> None:
-    size = (24, 24)
+    size = (20, 20)
     chain = Composed(
         conv(gaussian(3, 4, 3, 3, seed=2), size, padding=1),
         DiagonalMap(torch.tensor([1.0, -2.0, 0.5, 1.0]), (4, *size)),
@@ -400,10 +398,10 @@ def test_a_function_has_no_deterministic_bound() -> None:
 
 
 def test_too_large_a_grid_gives_way_to_the_bound_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    A = conv(gaussian(3, 3, 3, 3), (40, 40), padding=1)
+    A = conv(gaussian(3, 3, 3, 3), (24, 24), padding=1)
     fine = svds(A, 2, certify=True)
     monkeypatch.setattr(bounds_module, "_SYMBOL_WORK", 0.0)
     coarse = svds(A, 2, certify=True)
     assert (fine.upper_kind, coarse.upper_kind) == ("symbol", "symbol-any-size")
     assert fine.upper[0] <= coarse.upper[0] * (1 + 1e-9)
-    assert coarse.upper[0] <= fine.upper[0] * 1.01
+    assert coarse.upper[0] <= fine.upper[0] * 1.03

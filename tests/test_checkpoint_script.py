@@ -48,7 +48,6 @@ def test_torchscript_equals_its_state_dict(tmp_path: Path, net: Net, how: str) -
     truth = torch.jit.load(tmp_path / "net.any").state_dict()
     checkpoint = open_checkpoint(tmp_path / "net.any")
     assert checkpoint.format == "torchscript"
-    assert checkpoint.program is None
     for name, tensor in truth.items():
         assert same(checkpoint.read(name), tensor), name
     assert checkpoint.aliases["b.weight"] == "a.weight"

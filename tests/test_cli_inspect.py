@@ -115,7 +115,7 @@ def test_every_option_reaches_the_library(spectool: Run, asked: dict[str, Any]) 
         "inspect net.pt -k 3 --input a=1x3x32x32 --input b=1x10 --method power --tol 1e-3 --max-matvecs 50 "
         "--certify --seed 7 --device cpu --dtype float64 --level layer --layers conv* --layers fc "
         "--exclude head --kind conv2d,linear --kind lora --assume-bn --key ema --list --shard 2/4 --hash "
-        "--arch torchvision:resnet18 --arch-args"
+        "--trust --no-recognise --arch torchvision:resnet18 --arch-args"
     )
     code, _, err = spectool(*line.split(), '{"num_classes": 10}')
     assert code == 0, err
@@ -126,6 +126,7 @@ def test_every_option_reaches_the_library(spectool: Run, asked: dict[str, Any]) 
         "tol": 1e-3, "max_matvecs": 50, "certify": True, "seed": 7, "device": "cpu", "dtype": "float64",
         "level": "layer", "layers": ("conv*", "fc"), "exclude": ("head",), "kinds": ("conv2d", "linear", "lora"),
         "assume_bn": True, "key": "ema", "list_only": True, "shard": (2, 4), "hash": True,
+        "trust": True, "recognise": False,
         "arch": "torchvision:resnet18", "arch_args": {"num_classes": 10},
     }  # fmt: skip
 

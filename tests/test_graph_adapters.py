@@ -63,7 +63,9 @@ def test_low_rank_updates(case: str) -> None:
     names = list(tensors)
     assert (row.key, row.weights, row.kind) == (names[-1], tuple(names[-2:]), "lora")
     assert (row.in_shape, row.out_shape, row.operators) == ((7,), (5,), 1)
-    torch.testing.assert_close(delta(found, row.key), scale * (B.double() @ A.double()), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        delta(found, row.key), scale * (B.double() @ A.double()), rtol=1e-12, atol=1e-14
+    )
     unknown = scale == 1.0
     assert row.assumed == (("alpha=r",) if unknown else ())
 
@@ -104,7 +106,7 @@ def test_updates_of_convolutions() -> None:
     for letter, key in keys.items():
         row = regions(found)[key]
         assert row.assumed[:2] == ("infinite grid, stride 1, zero padding", "groups=1")
-        torch.testing.assert_close(conv(x, delta(found, key)), expected[letter], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(conv(x, delta(found, key)), expected[letter], rtol=1e-12, atol=1e-12)
     assert regions(found)["b.lora_up.weight"].weights == tuple(
         f"b.lora_{role}.weight" for role in ("down", "mid", "up")
     )
@@ -166,7 +168,7 @@ def test_hadamard_and_kronecker_updates() -> None:
     }  # fmt: skip
     assert set(regions(found)) == set(expected)
     for key, truth in expected.items():
-        torch.testing.assert_close(delta(found, key).double(), truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(delta(found, key).double(), truth, rtol=1e-12, atol=1e-12)
 
 
 def test_factors_that_do_not_fit_are_skipped() -> None:

@@ -223,6 +223,12 @@ def test_shared_modules_have_one_row() -> None:
     found = regions(survey_modules(pickled(nn.Sequential(conv, nn.ReLU(), conv))))
     assert list(found) == ["0.weight"]
     assert found["0.weight"].note == "tied with 2.weight"
+    sized = regions(survey_modules(pickled(nn.Sequential(conv, nn.ReLU(), conv)), inputs={"": (1, 2, 9, 9)}))
+    assert {key: row.in_shape for key, row in sized.items()} == {
+        "0.weight": (2, 9, 9),
+        "0.weight#2": (2, 7, 7),
+    }
+    assert sized["0.weight#2"].weights == ("0.weight",)
 
 
 @pytest.mark.real

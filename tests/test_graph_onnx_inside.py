@@ -45,7 +45,12 @@ def conditional(condition: list[onnx.NodeProto], tensors: dict[str, Array]) -> o
         node("MatMul", "x first", "h"),
         *condition,
         helper.make_node(
-            "If", ["c"], ["y"], name="choice", then_branch=branch(weights(4, 3)), else_branch=branch(weights(4, 2))
+            "If",
+            ["c"],
+            ["y"],
+            name="choice",
+            then_branch=branch(weights(4, 3)),
+            else_branch=branch(weights(4, 2)),
         ),
     ]
     inputs = {"x": (1, 4), "flag": ()}
@@ -99,7 +104,10 @@ def test_the_body_of_a_loop_is_followed_once(tmp_path: Path) -> None:
             helper.make_tensor_value_info("going", BOOL, []),
             helper.make_tensor_value_info("state", FLOAT, [1, 4]),
         ],
-        [helper.make_tensor_value_info("still", BOOL, []), helper.make_tensor_value_info("next", FLOAT, [1, 4])],
+        [
+            helper.make_tensor_value_info("still", BOOL, []),
+            helper.make_tensor_value_info("next", FLOAT, [1, 4]),
+        ],
         [onnx.numpy_helper.from_array(weights(4, 4), "w")],
     )
     nodes = [
@@ -167,7 +175,9 @@ def test_dequantised_weights_are_the_effective_ones(tmp_path: Path) -> None:
     proto = model(graph(nodes, {"x": (1, 2, 6)}, "y", tensors), opset=21)
     survey = survey_of(proto, tmp_path)
     assert summary(survey) == [("w", "conv1d", True), ("v", "linear", True)]
-    expected = (tensors["w"].astype(np.float64) - [[[1]], [[2]], [[3]]]) * np.array([0.1, 0.2, 0.3])[:, None, None]
+    expected = (tensors["w"].astype(np.float64) - [[[1]], [[2]], [[3]]]) * np.array([0.1, 0.2, 0.3])[
+        :, None, None
+    ]
     item = region(survey, "w")
     np.testing.assert_allclose(survey.load(item.nodes[0].inputs[1]).numpy(), expected, rtol=1e-6)
     assert item.weights == ("w", "s", "z")
@@ -269,7 +279,10 @@ def test_integer_convolutions_find_their_scale(tmp_path: Path) -> None:
     item = region(survey, "w")
     plain = model(
         graph(
-            [node("Conv", "x w", "y", pads=[1, 1])], {"x": (1, 2, 5)}, "y", {"w": tensors["w"] * np.float32(0.5)}
+            [node("Conv", "x w", "y", pads=[1, 1])],
+            {"x": (1, 2, 5)},
+            "y",
+            {"w": tensors["w"] * np.float32(0.5)},
         )
     )
     np.testing.assert_allclose(dense(item, survey), jacobian_of(plain), atol=1e-4)
@@ -296,12 +309,20 @@ def test_weights_packed_in_four_bits(columns: int, with_zeros: bool, tmp_path: P
         bits=4,
         block_size=16,
     )
-    body = graph([product, node("MatMul", "h v", "y")], {"x": (1, columns)}, "y", {**tensors, "v": weights(3, 3)})
+    body = graph(
+        [product, node("MatMul", "h v", "y")], {"x": (1, columns)}, "y", {**tensors, "v": weights(3, 3)}
+    )
     proto = model(body)
     survey = survey_of(proto, tmp_path)
-    assert summary(survey) == [("B", "linear", False), ("v", "linear", False), ("B + v", "linear+linear", True)]
+    assert summary(survey) == [
+        ("B", "linear", False),
+        ("v", "linear", False),
+        ("B + v", "linear+linear", True),
+    ]
     assert region(survey, "B").assumed == ("dequantised weights",)
-    np.testing.assert_allclose(dense(region(survey, "B + v"), survey), jacobian_of(proto), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        dense(region(survey, "B + v"), survey), jacobian_of(proto), rtol=1e-3, atol=1e-3
+    )
 
 
 # --- recurrent --------------------------------------------------------------------------------------------
@@ -311,7 +332,10 @@ def test_weights_packed_in_four_bits(columns: int, with_zeros: bool, tmp_path: P
 @pytest.mark.parametrize("directions", [1, 2])
 def test_recurrent_layers_have_a_row_per_gate(op: str, gates: int, directions: int, tmp_path: Path) -> None:
     hidden, width = 3, 5
-    tensors = {"W": weights(directions, gates * hidden, width), "R": weights(directions, gates * hidden, hidden)}
+    tensors = {
+        "W": weights(directions, gates * hidden, width),
+        "R": weights(directions, gates * hidden, hidden),
+    }
     direction = "bidirectional" if directions == 2 else "forward"
     layer = node(op, "x W R", "Y", hidden_size=hidden, direction=direction)
     survey = survey_of(model(graph([layer], {"x": (7, 1, width)}, "Y", tensors)), tmp_path)
@@ -394,7 +418,11 @@ def test_normalisations_by_their_input_explain_themselves(
             "",
             "",
         ),
-        (node("Gather", "w i", "y", axis=1), "embedding", "a look-up in a table of shape 4x4x1x1 is not analysed"),
+        (
+            node("Gather", "w i", "y", axis=1),
+            "embedding",
+            "a look-up in a table of shape 4x4x1x1 is not analysed",
+        ),
     ],
     ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else None,
 )
@@ -415,12 +443,21 @@ def test_operations_with_matrices_and_no_rule_are_skipped_with_a_reason(
 
 def test_activations_with_tables_are_no_operators(tmp_path: Path) -> None:
     nodes = [node("PRelu", "x slope", "h"), node("Max", "h floor", "g"), node("Pow", "g power", "y")]
-    tensors = {"slope": weights(4, 1, 1), "floor": weights(4, 4, 4), "power": np.float32(2) * np.ones((4, 1, 1), "f")}
+    tensors = {
+        "slope": weights(4, 1, 1),
+        "floor": weights(4, 4, 4),
+        "power": np.float32(2) * np.ones((4, 1, 1), "f"),
+    }
     assert survey_of(model(graph(nodes, {"x": (1, 4, 4, 4)}, "y", tensors)), tmp_path).items == ()
 
 
 def test_dropout_in_training_is_a_boundary(tmp_path: Path) -> None:
-    tensors = {"w": weights(4, 4), "v": weights(4, 4), "ratio": np.array(0.5, np.float32), "on": np.array(True)}
+    tensors = {
+        "w": weights(4, 4),
+        "v": weights(4, 4),
+        "ratio": np.array(0.5, np.float32),
+        "on": np.array(True),
+    }
     for inputs, regions in (("h ratio on", 2), ("h ratio", 3)):
         nodes = [node("MatMul", "x w", "h"), node("Dropout", inputs, "d"), node("MatMul", "d v", "y")]
         survey = survey_of(model(graph(nodes, {"x": (1, 4)}, "y", tensors)), tmp_path)
@@ -518,7 +555,12 @@ COMPOSITIONS: list[tuple[str, list[onnx.NodeProto], dict[str, Array], tuple[int,
     (
         "conv_transpose1d+batchnorm",
         [node("ConvTranspose", "x k b", "h", strides=[2]), node("BatchNormalization", "h g b b v", "y")],
-        {"k": weights(3, 2, 3), "g": weights(2), "b": weights(2, seed=1), "v": np.array([0.5, 2], np.float32)},
+        {
+            "k": weights(3, 2, 3),
+            "g": weights(2),
+            "b": weights(2, seed=1),
+            "v": np.array([0.5, 2], np.float32),
+        },
         (1, 3, 4),
     ),
     (
@@ -541,7 +583,9 @@ COMPOSITIONS: list[tuple[str, list[onnx.NodeProto], dict[str, Array], tuple[int,
 ]
 
 
-@pytest.mark.parametrize(("kind", "nodes", "tensors", "shape"), COMPOSITIONS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("kind", "nodes", "tensors", "shape"), COMPOSITIONS, ids=lambda value: str(value)[:30]
+)
 def test_the_maximal_region_is_the_whole_model(
     kind: str, nodes: list[Any], tensors: dict[str, Array], shape: tuple[int, ...], tmp_path: Path
 ) -> None:

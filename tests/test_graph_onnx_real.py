@@ -55,7 +55,9 @@ def graphs(graph: Any) -> Iterator[Any]:
 
 def matrices(model: Any, *operations: str) -> set[str]:
     """Names of the weights of all nodes of some kinds, in all bodies."""
-    return {node.input[1] for graph in graphs(model.graph) for node in graph.node if node.op_type in operations}
+    return {
+        node.input[1] for graph in graphs(model.graph) for node in graph.node if node.op_type in operations
+    }
 
 
 def between(graph: Any, root: str, exit: str) -> onnx.ModelProto:
@@ -134,7 +136,9 @@ def test_every_maximal_region_equals_onnxruntime(file: str) -> None:
         # A lone operator is lowered without the rearrangements around it.
         assert image.numel() == expected.size
         if not any(node.op.__class__.__name__ == "Call" for node in item.nodes):
-            np.testing.assert_allclose(image[0].numpy().reshape(expected.shape), expected, rtol=0, atol=2e-5 * scale)
+            np.testing.assert_allclose(
+                image[0].numpy().reshape(expected.shape), expected, rtol=0, atol=2e-5 * scale
+            )
         else:
             assert float(image.norm()) == pytest.approx(float(np.linalg.norm(expected)), rel=1e-4)
         checked += 1
@@ -167,7 +171,9 @@ def test_the_detector_has_its_pairs_and_its_linear_bottlenecks() -> None:
         if node.op_type == "BatchNormalization" and node.input[0] in convs
     }
     assert len(pairs) == 35
-    assert pairs <= {item.key for item in survey.items if isinstance(item, Region) and item.level == "composed"}
+    assert pairs <= {
+        item.key for item in survey.items if isinstance(item, Region) and item.level == "composed"
+    }
     # Three branches of the receptive-field block compose two convolutions without an activation between them.
     two = [item.key for item in survey.items if item.operators == 2]
     assert [key.split(".")[2] for key in two] == ["branch0", "branch1", "branch2"]

@@ -68,3 +68,10 @@ def test_pairs_by_name_where_the_order_is_lost() -> None:
         "block.conv.weight + block.norm.weight",
         "fc4.weight + norm4.weight",
     }
+
+
+def test_the_order_of_a_safetensors_file_pairs_nothing() -> None:
+    shapes = {"a.conv1.weight": (4, 4, 3, 3), "a.conv2.weight": (4, 4, 3, 3), **norm("a.norm1", 4)}
+    shapes |= {"0.first.weight": (4, 4)}
+    assert pairs(shapes, format="safetensors-sharded") == {"a.conv1.weight + a.norm1.weight"}
+    assert pairs(shapes) == {"a.conv2.weight + a.norm1.weight"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from graph_tools import (
@@ -17,6 +19,8 @@ from graph_tools import (
 from torch import nn
 
 from spectool.graph.modules import survey_modules
+from spectool.graph.program import survey_live
+from spectool.graph.types import Region, Survey
 
 # Everything here is affine from end to end, so one region must be the whole module.
 AFFINE = {
@@ -148,7 +152,7 @@ def test_rows_of_a_small_net_in_order() -> None:
             "composed",
             "conv2d+batchnorm+conv2d+batchnorm",
         ),
-        ("3.avgpool", "layer", "avgpool"),
+        ("avgpool:3", "layer", "avgpool"),
         ("6.weight", "layer", "linear"),
         ("7.weight", "skipped", "layernorm"),
         ("8.weight", "skipped", "prelu"),
@@ -157,8 +161,8 @@ def test_rows_of_a_small_net_in_order() -> None:
     by_key = regions(found)
     assert by_key["1.0.weight + 1.1.weight"].maximal is False
     assert by_key["0.0.weight + 0.1.weight"].maximal is True
-    assert by_key["3.avgpool"].operators == 0
-    assert by_key["3.avgpool"].in_shape == (6, 3, 3)
+    assert by_key["avgpool:3"].operators == 0
+    assert by_key["avgpool:3"].in_shape == (6, 3, 3)
     assert by_key["6.weight"].maximal
     assert by_key["1.1.weight"].weights == ("1.1.weight", "1.1.running_var")
     assert {item.status for item in skips(found).values()} == {"nonlinear"}
@@ -182,6 +186,51 @@ def test_matrices_over_positions_act_on_the_last_axis() -> None:
     assert (region.in_shape, region.out_shape) == ((5, 4), (2, 2))
     torch.testing.assert_close(region_matrix(region, found.load), dense(mixed, (5, 4)))
     assert regions(found)["0.weight"].in_shape == (4,)
+
+
+def test_a_pickle_says_what_a_run_of_the_module_says() -> None:
+    """Two front-ends that share nothing but the shape of a row: attributes in a file, and a recorded forward."""
+    net = settled(
+        nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+            nn.Sequential(
+                nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
+            ),
+            nn.Tanh(),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(54, 5),
+            nn.ReLU(),
+            nn.Linear(5, 4),
+            nn.Dropout(),
+            nn.Linear(4, 3),
+        )
+    )
+
+    file = survey_modules(pickled(net), inputs={"": (1, 3, 8, 8)})
+    live = survey_live(net.float(), {"": (1, 3, 8, 8)})
+
+    def facts(found: Survey) -> list[tuple[Any, ...]]:
+        return [
+            (
+                r.key,
+                r.level,
+                r.kind,
+                r.weights,
+                r.weight_shapes,
+                r.in_shape,
+                r.out_shape,
+                r.maximal,
+                r.operators,
+            )
+            for r in found.items
+            if isinstance(r, Region)
+        ]
+
+    assert facts(file) == facts(live)
+    assert len(facts(file)) == 16
 
 
 @pytest.mark.parametrize("ceil", [False, True])

@@ -71,11 +71,15 @@ def test_transformers_lose_no_operator(name: str) -> None:
         kind = type(child).__name__
         if isinstance(child, MATRIX_MODULES) or kind in ("Conv1D", "MixtralExperts"):
             wanted |= {
-                f"{path}.{key}" for key, parameter in child.named_parameters(recurse=False) if parameter.dim() >= 2
+                f"{path}.{key}"
+                for key, parameter in child.named_parameters(recurse=False)
+                if parameter.dim() >= 2
             }
     names = {id(parameter): key for key, parameter in module.named_parameters()}  # first name of tied ones
     wanted = {names[id(module.get_parameter(key))] for key in wanted}
-    positions = {key for key in wanted if key.endswith("decoder.embed_positions.weight")}  # sliced, not looked up
+    positions = {
+        key for key in wanted if key.endswith("decoder.embed_positions.weight")
+    }  # sliced, not looked up
     assert wanted - positions <= used
     assert len(wanted) >= 10
 
@@ -161,7 +165,12 @@ def test_layers_of_a_real_network_equal_the_modules_they_are() -> None:
     found = survey_live(module, {"": (1, 3, 32, 32)})
     checked = 0
     for item in found.items:
-        if not isinstance(item, Region) or item.level != "layer" or item.operators != 1 or item.in_shape is None:
+        if (
+            not isinstance(item, Region)
+            or item.level != "layer"
+            or item.operators != 1
+            or item.in_shape is None
+        ):
             continue
         if np.prod(item.in_shape) > 800 or np.prod(item.out_shape) > 800:
             continue

@@ -286,16 +286,21 @@ def test_the_size_free_answer_bounds_every_size() -> None:
     )
 
 
-def test_batch_norm_answers_are_the_closed_form() -> None:
+@pytest.mark.parametrize(
+    "name, eps",
+    [("digits_cnn.onnx", float(np.float32(1e-5))), ("digits_cnn.pt2", 1e-5)],
+    ids=["float32", "float64"],
+)
+def test_batch_norm_answers_are_the_closed_form(name: str, eps: float) -> None:
     arrays = {key: array.astype(np.float64) for key, array in read("digits_cnn_state.pt").items()}
-    norms = [row for row in answers("digits_cnn.onnx").values() if row["kind"] == "batchnorm"]
+    norms = [row for row in answers(name).values() if row["kind"] == "batchnorm"]
     assert len(norms) == 9
     for row in norms:
         variance = arrays[row["layer"].replace("weight", "running_var")]
-        scale = np.abs(arrays[row["layer"]]) / np.sqrt(variance + 1e-5)
+        scale = np.abs(arrays[row["layer"]]) / np.sqrt(variance + eps)
         copies = int(np.prod(row["input_shape"][1:]))
         wanted = np.repeat(np.sort(scale)[::-1], copies)
-        np.testing.assert_allclose(row["sigma"], wanted[:8], rtol=1e-12)
+        np.testing.assert_allclose(row["sigma"], wanted[:8], rtol=1e-14)
         assert row["fro"] == pytest.approx(np.linalg.norm(wanted), rel=1e-12)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from spectool.architectures.resolve import import_torchvision
 from spectool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
     """
     import torch
 
+    with contextlib.suppress(UsageError):
+        # transformers looks for torchvision, and stumbles where its compiled part is of another build.
+        import_torchvision()
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:

@@ -47,7 +47,7 @@ class GridColumn:
 def fit(columns: Sequence[GridColumn], width: int | None) -> tuple[RichTable, list[str]]:
     """Return a table of at most ``width`` cells, and the headings of the columns that had to go.
 
-    Columns that may shrink give way to two fifths of the terminal before anything is dropped, and further only when
+    Columns that may shrink give way to three tenths of the terminal before anything is dropped, and further only when
     nothing is left to drop.
 
     Args:
@@ -57,7 +57,7 @@ def fit(columns: Sequence[GridColumn], width: int | None) -> tuple[RichTable, li
     kept = list(columns)
     hidden: list[str] = []
     if width is not None:
-        comfortable = max(_COMFORTABLE, width * 2 // 5)
+        comfortable = max(_COMFORTABLE, width * 3 // 10)
         while _total(kept, comfortable) > width and any(column.drop for column in kept):
             first = min((column for column in kept if column.drop), key=lambda column: column.drop)
             kept.remove(first)

@@ -44,7 +44,11 @@ class Scale:
         """The factor in words."""
         if self.tensor:
             return f"scaled by {self.tensor} / {self.rank}"
-        return "alpha unknown" if ALPHA_UNKNOWN in self.assumed else f"scaled by {self.value:g}"
+        return (
+            "alpha unknown, alpha/r taken as 1"
+            if ALPHA_UNKNOWN in self.assumed
+            else f"scaled by {self.value:g}"
+        )
 
     def read(self, read: Read) -> float:
         """Return the factor, reading alpha if a tensor holds it."""

@@ -32,7 +32,8 @@ class Effective:
         name: The parameter's would-be checkpoint key, e.g. ``conv.weight``.
         shape: Shape of the weight.
         sources: Stored tensors of the linear part, in the order of use.
-        build: Makes the weight, float32 or better, from a function that reads stored tensors.
+        build: Makes the weight from a function that reads stored tensors, in a type that rounds nothing beyond
+            float64: an interval of width 1e-11 around σ must hold the true one.
         how: How it is made, in words; becomes the row's note.
         assumed: What had to be assumed, in words.
         invert: Gives new values of stored tensors that make the weight a wanted one; None where there are
@@ -91,7 +92,6 @@ class Weights:
         self._checkpoint = checkpoint
         self._derived: dict[str, Effective] = {}
         self._parts: dict[str, Part] = {}
-        self._literals: dict[str, tuple[int, ...] | tuple[float, ...]] = {}
         # Gates and experts are read one by one from the same tensors: keep the last two, and only those.
         self._kept: dict[str, Tensor] = {}
         for entry in found:
@@ -103,7 +103,7 @@ class Weights:
         return name in self._derived or name in self._parts or name in self._checkpoint.tensors
 
     def __call__(self, name: str) -> Tensor:
-        """Read a weight on the CPU: stored ones in their stored type, derived ones in float32 or better.
+        """Read a weight on the CPU: stored ones in their stored type, derived ones exactly or in float64.
 
         Raises:
             KeyError: If there is no such weight.
@@ -111,10 +111,6 @@ class Weights:
         """
         if name in self._parts:
             return self._cut(self._parts[name])
-        if name in self._literals:
-            import torch
-
-            return torch.tensor(self._literals[name])
         if name in self._derived:
             return self._derived[name].build(self._checkpoint.read)
         return self._checkpoint.read(name)
@@ -146,8 +142,8 @@ class Weights:
         return derived.shape if derived else self._checkpoint.tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Return the short name of the element type; derived weights are ``float32``."""
-        return "float32" if name in self._derived else self._checkpoint.tensors[name].dtype
+        """Return the short name of the element type; derived weights are ``float64``."""
+        return "float64" if name in self._derived else self._checkpoint.tensors[name].dtype
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors that a weight is made of (itself, if stored)."""
@@ -205,11 +201,6 @@ class Weights:
         if name not in self._derived:
             shape = tuple(stored[axis] for axis in order)
             self.add(Effective(name, shape, (name,), build, "axes moved to (out, in, …)", invert=invert))
-
-    def literal(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
-        """Make a small constant vector (int64 or float32) readable under ``name`` and return the name."""
-        self._literals[name] = values
-        return name
 
     def edits(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return new values of stored tensors that make weights the wanted ones.

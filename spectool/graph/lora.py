@@ -129,7 +129,7 @@ def _low_rank(
         for factor in factors[1:]:
             # Broadcasting over taps is right since at most one factor has more than one.
             product = torch.einsum("or...,ri...->oi...", product, factor)
-        return (product * scale.read(read)).float()
+        return product * scale.read(read)
 
     delta = Effective(f"{up} ∘ {down}", (b[0], a[1], *kernel), order, build, "an adapter's product")
     ops = ((Conv(ConvGeometry.plain(len(a) - 2)), (delta.name,)),)
@@ -175,7 +175,7 @@ def _hadamard(
     def build(read: Read) -> Tensor:
         one = _product(read, members["w1_a"], members["w1_b"], members.get("t1"))
         two = _product(read, members["w2_a"], members["w2_b"], members.get("t2"))
-        return (one * two * scale.read(read)).float()
+        return one * two * scale.read(read)
 
     order = tuple(members[role] for role in ("w1_b", "t1", "w1_a", "w2_b", "t2", "w2_a") if role in members)
     return _dense(tensors, members["w1_a"], whole, order, build, scale, said)
@@ -218,7 +218,7 @@ def _kronecker(
         first = factor(read, "w1")
         second = factor(read, "w2")
         first = first.reshape(*first.shape, *(1,) * (second.dim() - 2))
-        return (torch.kron(first, second.contiguous()) * scale.read(read)).float()
+        return torch.kron(first, second.contiguous()) * scale.read(read)
 
     roles = ("w2_b", "t2", "w2_a", "w2", "w1_b", "w1_a", "w1")
     order = tuple(members[role] for role in roles if role in members)

@@ -99,7 +99,7 @@ def call(module: Module, name: str, arguments: list[Any], out: Shape, kind: str)
         kind: Word of the vocabulary; empty for a rearrangement.
     """
     op = Call(name, {"args": (Slot(0), *arguments), "kwargs": {}})
-    label = f"{module.path}.{kind}".strip(".") if kind else ""
+    label = f"{kind}:{module.path}" if kind else ""
     step = Step(ops=((op, ()),), label=label, kind=kind, in_shape=module.shape, out_shape=out)
     return Layer(step=step, out_shape=out)
 

@@ -18,7 +18,7 @@ from spectool.graph.lora import find_adapters
 from spectool.graph.pairing import pair
 from spectool.graph.quantised import find_quantised
 from spectool.graph.reparametrised import find_reparametrised
-from spectool.graph.types import Region, Skipped, Survey
+from spectool.graph.types import Embedding, Linear, Region, Skipped, Survey
 
 if TYPE_CHECKING:
     from spectool.checkpoint.types import Checkpoint
@@ -112,8 +112,9 @@ def unreadable(checkpoint: Checkpoint) -> list[tuple[str, Item]]:
 def settle(checkpoint: Checkpoint, items: Sequence[Item]) -> list[Item]:
     """Fold rows of tied tensors into the first and make keys unique.
 
-    A tensor stored once under several names has one row, under its first name; the others stand in its note. A
-    row that uses a tied weight with other tensors (a shared convolution's second batch norm) stays, as ``key#2``.
+    A tensor stored once under several names has one row, under its first name; the others stand in its note. The
+    same tensor in another operator (a shared kernel at another size, a shared gain with other statistics) has a row
+    of its own, ``key#2``.
 
     Args:
         checkpoint: The file.
@@ -124,14 +125,14 @@ def settle(checkpoint: Checkpoint, items: Sequence[Item]) -> list[Item]:
     for name, first in aliases.items():
         if name != first:
             others.setdefault(first, []).append(name)
-    seen: set[tuple[str, tuple[str, ...], str]] = set()
+    seen: set[object] = set()
+    keys: set[tuple[str, str]] = set()
     result: list[Item] = []
-    counts: dict[tuple[str, str], int] = {}
     for item in items:
         canonical = tuple(aliases.get(name, name) for name in item.weights)
         level = item.level if isinstance(item, Region) else "layer"
         part = re.search(r"\[[^\]]*\]$", item.key)
-        identity = (level, canonical, part[0] if part else "")
+        identity = (level, canonical, part[0] if part else "", _operation(item))
         if canonical != item.weights:
             if identity in seen:
                 continue
@@ -143,9 +144,20 @@ def settle(checkpoint: Checkpoint, items: Sequence[Item]) -> list[Item]:
             if tied and level == "layer":
                 note = f"tied with {', '.join(tied)}"
                 item = replace(item, note=f"{item.note}; {note}" if item.note else note)
-        number = counts[level, item.key] = counts.get((level, item.key), 0) + 1
-        result.append(replace(item, key=f"{item.key}#{number}") if number > 1 else item)
+        key, number = item.key, 1
+        while (level, key) in keys:
+            number += 1
+            key = f"{item.key}#{number}"
+        keys.add((level, key))
+        result.append(replace(item, key=key) if number > 1 else item)
     return result
+
+
+def _operation(item: Item) -> object:
+    """Return what, beside its weights, makes an operator another one; a matrix is a matrix wherever it stands."""
+    if not isinstance(item, Region) or all(isinstance(node.op, (Linear, Embedding)) for node in item.nodes):
+        return ()
+    return item.in_shape, tuple(node.op for node in item.nodes)
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:
@@ -158,7 +170,9 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 
 def _alphabetical(checkpoint: Checkpoint) -> bool:
-    """Return whether names are sorted, overall or within each type, as safetensors writes them."""
+    """Return whether the order of registration is lost: safetensors sorts names within each type."""
+    if checkpoint.format.startswith(("safetensors", "huggingface")):
+        return True
     groups: dict[str, list[str]] = {}
     for name, ref in checkpoint.tensors.items():
         groups.setdefault(ref.dtype, []).append(name)

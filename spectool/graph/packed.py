@@ -65,7 +65,7 @@ def gptq(checkpoint: Checkpoint, prefix: str, leaves: Leaves) -> Found | None:
         values = _unpack(read(qweight.name), bits, axis=0)
         zeros = (_unpack(read(qzeros.name), bits, axis=1) + shift) % 2**bits
         group = read(index).int().reshape(-1) if index else torch.arange(inputs) // (inputs // groups)
-        result: Tensor = (values - zeros[group]) * read(scales.name).float()[group]
+        result: Tensor = (values - zeros[group]) * exact(read(scales.name))[group]
         return result.T
 
     weight = Effective(f"{prefix}weight", (outputs, inputs), names, build, f"GPTQ, {bits} bits", assumed)
@@ -105,7 +105,7 @@ def awq(checkpoint: Checkpoint, prefix: str, leaves: Leaves) -> Found | None:
     def build(read: Read) -> Tensor:
         size = inputs // groups
         zeros = columns(read(qzeros.name)).repeat_interleave(size, dim=0)
-        scale = read(scales.name).float().repeat_interleave(size, dim=0)
+        scale = exact(read(scales.name)).repeat_interleave(size, dim=0)
         return ((columns(read(qweight.name)) - zeros) * scale).T
 
     weight = Effective(f"{prefix}weight", (outputs, inputs), names, build, "AWQ, 4 bits")
@@ -144,7 +144,7 @@ def compressed(checkpoint: Checkpoint, prefix: str, leaves: Leaves) -> Found | N
 
         values = _unpack(read(packed.name), bits, axis=1)[:, :inputs] - 2 ** (bits - 1)
         group = read(index).int() if index else torch.arange(inputs) // (inputs // groups)
-        result: Tensor = values * read(scale.name).float()[:, group]
+        result: Tensor = values * exact(read(scale.name))[:, group]
         return result
 
     how = f"compressed-tensors, {bits} bits"
@@ -194,8 +194,8 @@ def bitsandbytes_4bit(checkpoint: Checkpoint, ref: TensorRef, members: Leaves) -
             code = read(members["nested_quant_map"]).double()[largest.int()]
             scale = read(members["nested_absmax"]).double().repeat_interleave(inner)[: largest.numel()]
             largest = code * scale + float(offset or 0.0)
-        values: Tensor = read(members["quant_map"]).float()[nibbles.int()]
-        spread = largest.float().repeat_interleave(size)[: prod(shape)]
+        values: Tensor = read(members["quant_map"]).double()[nibbles.int()]
+        spread = largest.double().repeat_interleave(size)[: prod(shape)]
         return (values * spread).reshape(shape)
 
     used = (ref.name, *members.values())
@@ -241,6 +241,11 @@ def mxfp4(checkpoint: Checkpoint, prefix: str, stack: str, leaves: Leaves) -> Fo
     names = (blocks.name, scales.name)
     weight = Effective(f"{prefix}{stack}", shape, names, build, "MXFP4", build_one=build_one)
     return Found(names, weight=weight)
+
+
+def exact(scales: Tensor) -> Tensor:
+    """Return scales in a type in which their product with an integer of up to nine bits is exact."""
+    return scales.float() if scales.element_size() < 4 else scales.double()
 
 
 def _refs(checkpoint: Checkpoint, leaves: Leaves, wanted: tuple[str, ...]) -> list[TensorRef] | None:

@@ -1,8 +1,8 @@
 """Quantised weights: what the file alone says about their values, and what it does not.
 
 Every scheme stores whole numbers (or an 8-bit float) with scales beside them. The rules here follow the published
-layouts; a scheme without a rule makes a skipped row that names it. Each effective weight is float32, exactly the
-stored numbers times the stored scales.
+layouts; a scheme without a rule makes a skipped row that names it. Each effective weight is exactly the stored
+numbers times the stored scales: float32 where that holds their product, else float64.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _torch_quantised(checkpoint: Checkpoint, ref: TensorRef) -> Found:
             shape = [-1 if per_axis and at == axis else 1 for at in range(len(ref.shape))]
             return tensor.double().reshape(shape)
 
-        return ((read(ref.name).double() - values(facts["zero_point"])) * values(facts["scale"])).float()
+        return (read(ref.name).double() - values(facts["zero_point"])) * values(facts["scale"])
 
     return Found((ref.name,), weight=Effective(ref.name, ref.shape, (ref.name,), build, f"torch {ref.dtype}"))
 
@@ -151,8 +151,8 @@ def _rowwise_int8(checkpoint: Checkpoint, prefix: str, leaves: Mapping[str, str]
         )
 
     def build(read: Read) -> Tensor:
-        rows = (read(scale).double() / 127).float().reshape(-1, *(1,) * (len(shape) - 1))
-        return read(weight).float() * rows
+        rows = (read(scale).double() / 127).reshape(-1, *(1,) * (len(shape) - 1))
+        return read(weight) * rows
 
     return Found(tuple(used), weight=Effective(weight, shape, (weight, scale), build, "bitsandbytes int8"))
 
@@ -168,7 +168,7 @@ def _scaled(checkpoint: Checkpoint, prefix: str, leaves: Mapping[str, str], leaf
         )
 
     def spread(tensor: Tensor) -> Tensor:
-        values = tensor.float().reshape(blocks[0])
+        values = tensor.reshape(blocks[0])
         for axis, (size, edge) in enumerate(zip(ref.shape, blocks[1], strict=True)):
             if edge > 1 and values.shape[axis] > 1:
                 values = values.repeat_interleave(edge, dim=axis).narrow(axis, 0, size)
@@ -177,8 +177,8 @@ def _scaled(checkpoint: Checkpoint, prefix: str, leaves: Mapping[str, str], leaf
     def build(read: Read) -> Tensor:
         values = read(weight).float()
         if zero:
-            values = values - spread(read(zero))
-        return values * spread(read(scale))
+            values = values - spread(read(zero).float())
+        return values * spread(packed.exact(read(scale)))
 
     sources = (weight, scale, zero) if zero else (weight, scale)
     other = tuple(leaves[name] for name in ("input_scale", "scale_input", "weight_shape") if name in leaves)

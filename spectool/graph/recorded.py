@@ -12,7 +12,6 @@ from spectool.graph.aten import call
 from spectool.graph.aten_rules import ATEN_RULES, packet, rules_for
 from spectool.graph.aten_translate import TABLE, Constants, translate
 from spectool.graph.boundaries import RECURRENT, Wall
-from spectool.graph.fuse import fuse_pads
 from spectool.graph.parts import Derived, with_parts
 from spectool.graph.recurrent import expert_regions, gate_regions
 from spectool.graph.regions import survey_graph
@@ -62,7 +61,6 @@ def survey_recorded(
     def read(name: str) -> torch.Tensor:
         return constants.load(back.get(name, name), stored)
 
-    graph = fuse_pads(graph, read)
     parts: dict[str, Derived] = {}
     known = Known(
         load=with_parts(read, parts),

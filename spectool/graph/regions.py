@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spectool.graph.affine import flow, region_nodes
-from spectool.graph.narrow import known_shape, operator_shapes, part, per_token, repeats
+from spectool.graph.narrow import Narrow, is_lone, known_shape, narrow, operator_shapes
 from spectool.graph.parts import with_parts
 from spectool.graph.roles import BATCHNORM, FREE, OPERATOR, Context, Known
 from spectool.graph.types import BatchNorm, Conv, Embedding, Graph, Linear, Node, Region, Skipped, Survey
@@ -163,35 +163,28 @@ def _maximal(
         if not content or signature in seen:
             continue
         seen.add(signature)
-        if roles.count(OPERATOR) == 0 and BATCHNORM not in roles and _single_number(context, root):
-            continue
         stored = [index for index in content if index in layers]
-        if not stored and all(role in (*FREE, "select") for role in roles) and not repeats(context, nodes):
+        if not stored and (_single_number(context, root) or not any(context.kind(node) for node in nodes)):
             continue
-        found: Region | Skipped | Node | None
-        if len(content) == 1 and stored:
-            found = context.graph.nodes[content[0]]
-        elif len(content) == 2 and (content[0], content[1]) in pairs:
+        if len(content) == 2 and (content[0], content[1]) in pairs:
             key = (content[0], content[1])
             pairs[key] = replace(pairs[key], item=_as_maximal(pairs[key].item))
             continue
+        start = 0
+        found: Region | Skipped | Node
+        if len(content) == 1 and stored:
+            found = context.graph.nodes[content[0]]
         else:
-            found = _larger(context, nodes, roles, root, exit)
+            small = narrow(context, nodes, root, exit) if stored else None
+            start = small.start if small is not None else 0
+            found = _larger(context, nodes, small, root, exit)
         if isinstance(found, Node):
             at = next(index for index in stored if context.graph.nodes[index] is found)
             layers[at] = replace(layers[at], item=_as_maximal(layers[at].item))
             continue
         composed = found.level == "composed" if isinstance(found, Region) else bool(stored)
-        rows.append(_Placed(max(stored or content), composed, len(stored), found, _start(context, found)))
+        rows.append(_Placed(max(stored or content), composed, len(stored), found, start))
     return rows, []
-
-
-def _start(context: Context, item: Region | Skipped) -> int:
-    """Return the first output channel of a row that is a part of an operator, 0 for any other."""
-    if not isinstance(item, Region) or len(item.nodes) != 1:
-        return 0
-    cut = context.parts.get(context.matrix(item.nodes[0]))
-    return cut.blocks[0][cut.axis][0] if cut is not None and cut.blocks else 0
 
 
 def _single_number(context: Context, name: str) -> bool:
@@ -219,31 +212,36 @@ def _used_outputs(
 
 
 def _larger(
-    context: Context, nodes: Sequence[Node], roles: Sequence[str], root: str, exit: str
+    context: Context, nodes: Sequence[Node], small: Narrow | None, root: str, exit: str
 ) -> Region | Skipped | Node:
     """Return the row of a region that is more than a stored operator; its node if it turns out to be just that."""
-    if roles.count(OPERATOR) == 1 and BATCHNORM not in roles:
-        found = part(context, nodes, root, exit)
-        if found is not None:
-            return found
-    if sum(role not in FREE for role in roles) == 1:
+    if small is not None:
+        operator = is_lone(context, small, nodes)
+        if operator is not None:
+            return operator
+    content = [node for node in nodes if context.role(node) not in FREE]
+    if len(content) == 1 and len(context.flowing(content[0])) == 1:
         # One pool, up-sampling or scale: it and the rearrangements around it.
-        core = next(node for node, role in zip(nodes, roles, strict=True) if role not in FREE)
-        if len(context.flowing(core)) == 1:
-            lone = _lone(context, core)
-            if lone.in_shape is None or lone.out_shape is None:
-                return _unsized(lone)
-            return replace(lone, maximal=True)
-    return _composed(context, nodes, root, exit)
+        lone = _lone(context, content[0])
+        if lone.in_shape is None or lone.out_shape is None:
+            return _unsized(lone)
+        return replace(lone, maximal=True)
+    return _composed(context, nodes, root, exit, small)
 
 
-def _composed(context: Context, nodes: Sequence[Node], root: str, exit: str) -> Region | Skipped:
-    """Return the composed row of several nodes."""
+def _composed(
+    context: Context, nodes: Sequence[Node], root: str, exit: str, small: Narrow | None = None
+) -> Region | Skipped:
+    """Return the composed row of several nodes, as a narrow chain where it is one."""
+    kinds = [kind for node in nodes if (kind := context.kind(node))]
+    if small is not None:
+        root, nodes = context.flowing(small.nodes[0])[0], small.nodes
     parameters = [name for node in nodes for name in context.parameters(node)]
     weights, shapes = context.stored(parameters)
-    heads = [context.label(names[0]) for node in nodes if (names := context.parameters(node))]
-    kinds = [kind for node in nodes if (kind := context.kind(node))]
+    heads = [context.name(names[0]) for node in nodes if (names := context.parameters(node))]
     in_shape, out_shape, batched = _shapes(context, root, exit, nodes)
+    if small is not None:
+        in_shape, out_shape, batched = small.in_shape, small.out_shape, True
     region = Region(
         key=" + ".join(heads) or f"{'+'.join(kinds) or 'region'}:{exit}",
         level="composed",
@@ -260,15 +258,7 @@ def _composed(context: Context, nodes: Sequence[Node], root: str, exit: str) -> 
         maximal=True,
         operators=sum(context.role(node) == OPERATOR for node in nodes),
     )
-    token = per_token(context, nodes, root, exit)
-    if token is not None:
-        return replace(
-            region, root=token.root, exit=token.exit, nodes=token.nodes, in_shape=token.in_shape,
-            out_shape=token.out_shape, batched=True,
-        )  # fmt: skip
-    if in_shape is None or out_shape is None:
-        return _unsized(region)
-    return region
+    return _unsized(region) if in_shape is None or out_shape is None else region
 
 
 def _unsized(region: Region) -> Skipped:

@@ -17,7 +17,6 @@ from spectool.graph.effective import Effective, Found, Read
 from spectool.graph.types import Skipped
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from spectool.checkpoint.types import TensorRef
@@ -115,10 +114,9 @@ def weight_norm(weight: str, g: str, v: str, tensors: Mapping[str, TensorRef]) -
         return direction.square().sum(dim=axes, keepdim=True).sqrt()
 
     def build(read: Read) -> Tensor:
-        direction = read(v)
+        wide = read(v).double()
         length = read(g).double().reshape(lengths or (1,) * len(shape))
-        wide = direction.double()
-        return (wide * (length / norm(wide))).to(_result_type(direction))
+        return wide * (length / norm(wide))
 
     def invert(wanted: Tensor, read: Read) -> dict[str, Tensor]:
         wide = wanted.double()
@@ -168,8 +166,8 @@ def spectral_norm(
         )
 
     def build(read: Read) -> Tensor:
-        stored = read(original)
-        return (stored.double() / quotient(stored, first(read), read)).to(_result_type(stored))
+        stored = read(original).double()
+        return stored / quotient(stored, first(read), read)
 
     def invert(wanted: Tensor, read: Read) -> dict[str, Tensor]:
         # W/(uᵀWv) does not see the scale of W, so that goes into u: evaluation is exact, while training would
@@ -200,7 +198,7 @@ def pruned(weight: str, original: str, mask: str, tensors: Mapping[str, TensorRe
 
     def build(read: Read) -> Tensor:
         stored = read(original)
-        return (stored * read(mask).to(stored.dtype)).to(_result_type(stored))
+        return stored * read(mask).to(stored.dtype)
 
     def invert(wanted: Tensor, read: Read) -> dict[str, Tensor]:
         keep = read(mask) != 0
@@ -210,9 +208,3 @@ def pruned(weight: str, original: str, mask: str, tensors: Mapping[str, TensorRe
 
     how = f"{original} pruned by {mask}"
     return Effective(weight, tensors[original].shape, (original, mask), build, how, invert=invert)
-
-
-def _result_type(stored: Tensor) -> torch.dtype:
-    import torch
-
-    return torch.float64 if stored.dtype == torch.float64 else torch.float32

@@ -116,21 +116,34 @@ class Context:
             return OPERATOR
         flowing = self.flowing(node)
         if len(flowing) == 1:
-            before, after = self.shape(flowing[0]), self.shape(node.outputs[0])
             if rule.alone is not None:
                 return rule.alone
-            if rule.same is not None and before is not None and before == after and None not in before:
+            if rule.same is not None and self._keeps_shape(node, flowing[0]):
                 return rule.same
-        if rule.role == "avgpool" and not self._pools_positions(node):
-            return "mix"
-        return rule.role
+        return "mix" if rule.spatial and not self._pools_positions(node) else rule.role
+
+    def _keeps_shape(self, node: Node, name: str) -> bool:
+        """Return whether the output has the shape of the one value that flows, open sizes included."""
+        before, after = self.shape(name), self.shape(node.outputs[0])
+        if before is None or before != after:
+            return False
+        if None not in before:
+            return True
+        # An open size stays what it is if no constant has one of its own there.
+        for other in node.inputs:
+            if other and self.is_constant(other):
+                sizes = self.constant_shape(other)
+                pairs = zip(reversed(sizes), reversed(before), strict=False)
+                if len(sizes) > len(before) or any(size not in (1, own) for size, own in pairs):
+                    return False
+        return True
 
     def _pools_positions(self, node: Node) -> bool:
-        """Return whether a mean is taken over spatial axes, those behind batch and channels."""
+        """Return whether a mean is taken over spatial axes and no others (a mean over channels is no pool)."""
         before, after = self.shape(node.inputs[0]), self.shape(node.outputs[0])
-        if before is None or after is None or len(before) < 3:
+        if before is None or after is None or len(before) < 4 or before[:2] != after[:2]:
             return False
-        return before[:2] == after[:2] and (len(after) in (2, len(before)))
+        return all(size == 1 for size in after[2:]) and len(after) in (2, len(before))
 
     def matrix(self, node: Node) -> str:
         """Return the name of a node's matrix weight or kernel; empty if it has none."""
@@ -175,6 +188,11 @@ class Context:
                 if name and self.is_constant(name) and prod(self.constant_shape(name)) > 1
             )
         return ()
+
+    def name(self, constant: str) -> str:
+        """Return what a constant is called in a row key: its label, or, for some of its channels, the part's."""
+        part = self.parts.get(constant)
+        return constant if part is not None and part.blocks else self.label(constant)
 
     def label(self, constant: str) -> str:
         """Return what a constant is called in a row key."""

@@ -25,6 +25,7 @@ class Rule:
             ``upsample``, ``pad``, ``scale``: that kind of row. ``mix``: anything else.
         same: Role instead where one argument flows and the output has its shape (no broadcast enlarged it).
         alone: Role instead where one argument flows, whatever the shapes.
+        spatial: Whether ``avgpool`` holds only for means over two or more axes behind batch and channels.
         operator: Kind of the row it makes if it reads a constant of rank 2 or more: it is a stored operator then.
     """
 
@@ -32,6 +33,7 @@ class Rule:
     role: Role
     same: Role | None = None
     alone: Role | None = None
+    spatial: bool = False
     operator: str = ""
 
 
@@ -45,7 +47,7 @@ ONNX_RULES: Mapping[str, Rule] = {
     **_onnx("Slice Split Gather GatherElements GatherND Trilu", Rule("first", "select")),
     **_onnx("Pad CenterCropPad", Rule("first", "pad", same="neutral")),
     **_onnx("AveragePool GlobalAveragePool", Rule("first", "avgpool")),
-    **_onnx("ReduceMean", Rule("first", "avgpool", same="neutral")),
+    **_onnx("ReduceMean", Rule("first", "avgpool", same="neutral", spatial=True)),
     **_onnx("Resize Upsample", Rule("first", "upsample")),
     **_onnx("ReduceSum Expand Tile", Rule("first", "mix", same="neutral")),
     **_onnx("CumSum Col2Im", Rule("first", "mix")),

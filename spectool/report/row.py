@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_SUFFIX = re.compile(r"(\[[^\]]*\])?(#\d+)?$")
 
 Status = Literal["ok", "skipped", "failed", "nonlinear"]
 Shape = tuple[int, ...]
@@ -114,7 +117,8 @@ class Report:
         for row in sorted(self.rows, key=lambda row: row.level == "composed"):
             # A composed row counts only where its layers have no rows of their own (`--level composed`), and
             # regions that overlap share operators.
-            keys = {row.layer} if row.level == "layer" else set(row.layer.split(" + "))
+            # Repetitions (`#2`) and parts (`[0:64]`) of a tensor are no operators of their own here.
+            keys = {_SUFFIX.sub("", key) for key in row.layer.split(" + ")}
             count = row.operators if row.level == "layer" else min(row.operators, len(keys - seen))
             seen |= keys
             analysed += count if row.status in ("ok", "failed") else 0

@@ -44,7 +44,7 @@ def deterministic(A: LinearMap, k: int, *, guess: float | None = None) -> Bound 
     Args:
         A: The map.
         k: How many.
-        guess: An estimate of σ₁ from below; the Cholesky test starts from it.
+        guess: An estimate of σ₁ from below, from which the Cholesky test starts.
     """
     A = fold(A)
     if isinstance(A, (Adjoint, Reshaped)):
@@ -117,7 +117,7 @@ def stencil_bound(whole: Stencil, k: int) -> Levels:
 
 
 def _matrix(A: MatrixMap, k: int, guess: float | None) -> Bound | None:
-    level = None if guess is None else proven_bound(A, guess)
+    level = proven_bound(A, guess)
     return None if level is None else Bound(np.full(k, level), "cholesky")
 
 

@@ -126,7 +126,8 @@ def gram_rounding(matrix: Tensor, rows: int) -> float:
 def gram_levels(matrix: Tensor, rows: int) -> Levels:
     """Return singular values from a Gram matrix ``(n, n)`` that was summed over ``rows`` rows.
 
-    λ is wrong by at most δ: ``gram_rounding``, and 16·n·eps·λ₁ for the eigenvalues. σ then lies in [sqrt(λ−δ), sqrt(λ+δ)], which widens for small σ as it must.
+    λ is wrong by at most δ: ``gram_rounding``, and 16·n·eps·λ₁ for the eigenvalues. σ then lies in
+    [sqrt(λ−δ), sqrt(λ+δ)], which widens for small σ as it must.
     """
     n = matrix.shape[0]
     eigenvalues = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
@@ -151,6 +152,11 @@ def row_blocks(matrix: Tensor) -> Iterator[Tensor]:
         yield long[start : start + step].detach()
 
 
+def on_host(A: LinearMap) -> LinearMap:
+    """Return A where float64 exists: on the CPU if its device is one that lacks it (MPS)."""
+    return A.to(device="cpu") if A.device.type == "mps" else A
+
+
 # --- deciding ------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +165,7 @@ def affordable(A: LinearMap, work: float = 0.0) -> bool:
 
     Args:
         A: The map.
-        work: Flops of one application, where known.
+        work: Flops of one application, where known; they count where A has to be applied.
     """
     m, n = size(A)
     short, long = min(m, n), max(m, n)
@@ -178,6 +184,7 @@ def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
         OperatorError: If the factorisation would need more than 16 GiB, or the operator has entries that are NaN
             or infinite.
     """
+    A = on_host(A)
     m, n = size(A)
     short = min(m, n)
     if 8 * short * short > _EXACT_BYTES or (vectors and 16 * m * n > _EXACT_BYTES):

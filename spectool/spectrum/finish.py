@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectool.spectrum.estimate import Estimate
+from spectool.spectrum.gram import wide
 from spectool.spectrum.hochstenbach import FAILURE
 from spectool.spectrum.polish import polish
 from spectool.spectrum.starts import generator
@@ -40,7 +41,7 @@ def finish(
         note: Anything worth saying in words.
     """
     pairs = polish(gram.double(), vectors)
-    unit, first = 1.0 / gram.factor, float(pairs.values[0])
+    unit, first = gram.unit, float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
     residuals = torch.maximum(lengths, pairs.defect)[:k] / first
     values = pairs.values[:k]
@@ -90,16 +91,15 @@ def conclude(
         seed: Seed that was asked for.
         pairs: Budget of the whole run.
     """
-    rows = torch.linalg.qr(vectors.double().T).Q.T
-    wide = gram.double()
-    values = torch.linalg.svdvals(wide.forward(rows.to(wide.device)).double()).square()
+    rows = torch.linalg.qr(wide(vectors).T).Q.T
+    values = torch.linalg.svdvals(wide(gram.double().forward(rows))).square()
     verdict = verify(
         gram,
         rows,
         float(values[0]),
         float(values[k - 1]),
-        (generator(digest, seed, "verify"), generator(digest, seed, "verify again")),
-        pairs=max(16, min(200, pairs - gram.applications // 2 - k)),
+        lambda suffix: generator(digest, seed, f"verify{suffix}"),
+        pairs=max(8, min(200, pairs - gram.applications // 2 - k)),
         tight=True,
         tol=tol,
         failure=FAILURE,

@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectool.linear import adjoint, normal_matvec
+from spectool.errors import OperatorError
+from spectool.linear import adjoint, normal_matvec, prescale
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
+
+
+_FAR = 80
+"""Binary orders of magnitude up to which a factor on the vectors is enough."""
+
+_LIMIT = 120
+"""Largest binary order of magnitude of f: float32 ends at 127."""
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float64, on the CPU if its device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 class Gram:
@@ -25,6 +38,7 @@ class Gram:
         flipped: Whether M is Aᵀ.
         size: Dimension of the space B acts on, min(m, n).
         factor: f.
+        base: Power of two taken out of the weights themselves; 1 unless they are of extreme size.
         applications: Single-vector applications of M plus of Mᵀ so far; shared by ``double``.
     """
 
@@ -33,7 +47,7 @@ class Gram:
         self.flipped = tall < wide
         self.map: LinearMap = adjoint(A) if self.flipped else A
         self.size = min(wide, tall)
-        self.factor = 1.0
+        self.factor, self.base = 1.0, 1.0
         self._spent = [0]
         self._double: Gram | None = None
 
@@ -41,6 +55,11 @@ class Gram:
     def applications(self) -> int:
         """Applications of M plus of Mᵀ, of this object and of its ``double``."""
         return self._spent[0]
+
+    @property
+    def unit(self) -> float:
+        """What a singular value of f·M is worth in the operator's own units."""
+        return self.base / self.factor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,22 +83,48 @@ class Gram:
             self._double = self if other.map is self.map else other
         return self._double
 
-    def prescale(self, probe: torch.Tensor) -> bool:
-        """Set f so that ‖f·M·probe‖ ≈ ‖probe‖; False if M maps the random row ``probe`` to zero.
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` in the type and on the device of the rows."""
+        # A device without float64 can neither send nor receive it: cast on the side that has it.
+        return (
+            x.cpu().to(self.dtype).to(self.device)
+            if "mps" in (x.device.type, self.device.type)
+            else x.to(device=self.device, dtype=self.dtype)
+        )
 
-        ‖Mx‖/‖x‖ of a random x is about ‖M‖_F/√size, at most ‖M‖. Costs 1 matvec.
+    def random(self, rows: int, source: torch.Generator) -> torch.Tensor:
+        """Return ``(rows, size)`` independent standard normal numbers, generated in float64 on the CPU."""
+        return self.take(torch.randn(rows, self.size, dtype=torch.float64, generator=source))
+
+    def prescale(self, source: torch.Generator) -> bool:
+        """Set f so that ‖f·M·x‖ ≈ ‖x‖ for a random x; False if M maps that to zero.
+
+        ‖Mx‖/‖x‖ is about ‖M‖_F/√size, at most ‖M‖. Costs 1 matvec; 2 where the weights are so large or small that
+        they have to be rescaled themselves, because float32 would lose digits of their products.
+
+        Raises:
+            OperatorError: If the image is NaN or infinite.
         """
-        self.factor = 1.0
-        image = self.forward(probe).double()
-        largest = float(image.abs().max()) if image.numel() else 0.0
-        if largest == 0.0 or not math.isfinite(largest):
+        probe = self.random(1, source)
+        gain = self._gain(probe)
+        if not 2.0**-_FAR < gain < 2.0**_FAR:
+            inner, self.base = prescale(self.map)
+            if self.base != 1.0:
+                self.map = inner
+                gain = self._gain(probe)
+        if not math.isfinite(gain):
+            raise OperatorError("the operator gives NaN or infinite values", hint="look at its weights")
+        if gain == 0.0:
             return False
-        norm = largest * float(torch.linalg.vector_norm(image / largest))
-        gain = norm / float(torch.linalg.vector_norm(probe.double()))
-        self.factor = 2.0 ** -round(math.log2(gain))
-        if self._double is not None and self._double is not self:
-            self._double.factor = self.factor
+        self.factor = 2.0 ** max(-_LIMIT, min(_LIMIT, -round(math.log2(gain))))
         return True
+
+    def _gain(self, probe: torch.Tensor) -> float:
+        image = wide(self.forward(probe))
+        largest = float(image.abs().max())
+        if largest == 0.0 or not math.isfinite(largest):
+            return largest
+        return largest * float(torch.linalg.vector_norm(image / largest) / torch.linalg.vector_norm(wide(probe)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply f·M to rows ``(b, size)``; returns ``(b, other size)``. The factor goes first: no overflow."""
@@ -101,7 +146,7 @@ class Gram:
         return x if self.factor == 1.0 else x * self.factor
 
     def _shaped(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        return x.to(dtype=self.dtype, device=self.device).reshape(x.shape[0], *shape)
+        return self.take(x).reshape(x.shape[0], *shape)
 
     @staticmethod
     def _rows(x: torch.Tensor) -> torch.Tensor:

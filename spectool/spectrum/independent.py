@@ -109,8 +109,8 @@ def _factorise(part: Part, whole: _Union) -> None:
         bounds = part.bounds()
     order = np.argsort(-bounds, kind="stable")
     batch = max(1, min(groups, BATCH_BYTES // (8 * m * n)))
-    if np.isfinite(bounds).all():
-        batch = min(batch, 8)
+    if np.isfinite(bounds).all():  # few at a time: the next may be out already
+        batch = max(1, min(batch, 8, int(_PLAIN_WORK * groups / work)))
     for start in range(0, groups, batch):
         chosen = order[start : start + batch]
         if bounds[chosen[0]] < whole.levels.kth_lower(whole.k):

@@ -12,7 +12,7 @@ from spectool.errors import OperatorError
 from spectool.linear import Adjoint, Composed, ConvMap, LinearMap, MatrixMap, Recast, Reshaped, Scaled, size
 from spectool.spectrum import probabilistic
 from spectool.spectrum.bounds import cost, deterministic
-from spectool.spectrum.dense import Solved
+from spectool.spectrum.dense import Solved, on_host
 from spectool.spectrum.levels import EPS, Floats, Levels
 from spectool.spectrum.types import Spectrum, UpperKind
 
@@ -55,7 +55,7 @@ def iterated(
     matvecs, kind = estimate.matvecs, _kind(chance)
     upper = chance
     affordable = cost(A) <= _SHARE * work(A) * estimate.matvecs
-    bound = deterministic(A, k, guess=float(lower[0])) if certify or affordable else None
+    bound = deterministic(on_host(A), k, guess=float(lower[0])) if certify or affordable else None
     if bound is not None:
         if certify or bound.upper[0] <= chance[0]:
             kind = bound.kind
@@ -175,4 +175,5 @@ def with_levels(solved: Solved, levels: Solved) -> Solved:
         exact=levels.exact,
         method=levels.method,
         why=levels.why,
+        multiplicity=levels.multiplicity,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spectool.spectrum.starts import gaussian
+from spectool.spectrum.gram import wide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +58,7 @@ class Krylov:
         self._log_beta = 0.0
         self._certifies = block == 1 and start is None
         first = torch.zeros((0, gram.size)) if start is None else start
-        self._advance(first.to(self._rows))
+        self._advance(gram.take(first))
 
     @property
     def size(self) -> int:
@@ -82,8 +82,8 @@ class Krylov:
         coupled = np.flatnonzero(np.any(self.link != 0.0, axis=0))
         if len(coupled):
             w -= self._tensor(self.link[:, coupled[0] :]) @ self._rows[coupled[0] : old]
-        alpha = w.double() @ front.double().T
-        w -= alpha.to(w) @ front
+        alpha = wide(w) @ wide(front).T
+        w -= self.gram.take(alpha) @ front
         T = np.zeros((old + b, old + b))
         T[:old, :old] = self.T
         T[old:, :old], T[:old, old:] = self.link, self.link.T
@@ -152,7 +152,7 @@ class Krylov:
         return high
 
     def _tensor(self, array: NDArray[np.float64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._rows)
+        return self.gram.take(torch.from_numpy(np.ascontiguousarray(array)))
 
     def _avoid_known(self, w: torch.Tensor) -> None:
         if len(self.known):
@@ -183,8 +183,8 @@ class Krylov:
             for _ in range(2 if count else 0):
                 c = v @ front.T
                 v = v - c @ front
-                weights[:count, i] += c[0].double().cpu().numpy()
-            norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+                weights[:count, i] += wide(c[0]).cpu().numpy()
+            norm = float(torch.linalg.vector_norm(wide(v)))
             if norm <= noise or count == want:
                 continue
             self._rows[old + count] = v[0] / norm
@@ -196,7 +196,7 @@ class Krylov:
             self._log_beta += math.log(weights[0, 0])
         self._certifies &= not b or count == want
         for index in range(old + count, old + want):
-            self._rows[index] = gaussian(1, self.gram.size, self._source)[0].to(self._rows)
+            self._rows[index] = self.gram.random(1, self._source)[0]
             self._clean(index)
         self.link = np.zeros((want, old))
         # At the very start there is nothing F could couple to.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spectool.spectrum.gram import wide
+
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
 
@@ -58,16 +60,16 @@ def polish(gram: Gram, vectors: torch.Tensor) -> Pairs:
         gram: The operator in its highest precision (``Gram.double``).
         vectors: Linearly independent rows ``(p, size)``.
     """
-    rows = vectors.to(dtype=torch.float64, device=gram.device)
+    rows = wide(vectors).to(gram.device)
     basis = torch.linalg.qr(rows.T).Q
-    image = gram.forward(basis.T).double()
+    image = wide(gram.forward(basis.T))
     # QR first: its Q is orthonormal even where M maps a vector to zero, which an SVD of the image alone is not
     # bound to be; the left vectors of zero singular values then really are orthogonal to the others.
     q, r = torch.linalg.qr(image.T)
     u, values, wt = torch.linalg.svd(r)
     left = (q @ u[:, : len(values)]).T
     right = (basis @ wt.T).T
-    remainder = gram.backward(left).double() - values[:, None] * right
+    remainder = wide(gram.backward(left)) - values[:, None] * right
     defect = torch.linalg.vector_norm(wt @ image - values[:, None] * left, dim=1)
     scale = float(values[0]) if len(values) else 0.0
     # One application for the image, one for the remainder, and O(p) rotations in float64.

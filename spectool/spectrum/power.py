@@ -14,8 +14,8 @@ import torch
 from spectool.linear import exact_arithmetic
 from spectool.progress import Progress, Step, silent
 from spectool.spectrum.finish import conclude, exhaust, zero_estimate
-from spectool.spectrum.gram import Gram
-from spectool.spectrum.starts import fingerprint, gaussian, generator
+from spectool.spectrum.gram import Gram, wide
+from spectool.spectrum.starts import fingerprint, generator
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
@@ -57,7 +57,7 @@ def power(
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2
         digest = fingerprint(A)
-        if not gram.prescale(gaussian(1, gram.size, generator(digest, seed, "scale"))):
+        if not gram.prescale(generator(digest, seed, "scale")):
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
@@ -114,12 +114,12 @@ def powerqr(
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2
         digest = fingerprint(A)
-        if not gram.prescale(gaussian(1, gram.size, generator(digest, seed, "scale"))):
+        if not gram.prescale(generator(digest, seed, "scale")):
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
         gram = _resolving(gram, tol)
-        x = gaussian(k, gram.size, generator(digest, seed, "powerqr")).to(gram.device, gram.dtype)
+        x = gram.random(k, generator(digest, seed, "powerqr"))
         x, largest, worst, count = torch.linalg.qr(x.T).Q.T, 0.0, math.inf, 0
         while worst > 0.9 * tol:
             # Invariant: x has orthonormal rows; worst is their largest relative residual one step earlier.
@@ -149,7 +149,8 @@ def powerqr_published(
         seed: Of the Gaussian start.
         absolute: Mend the sign only: report sqrt(|R_ii| − 1).
     """
-    x = gaussian(k, math.prod(A.in_shape), torch.Generator().manual_seed(seed)).to(A.device, A.dtype)
+    start = torch.randn(k, math.prod(A.in_shape), generator=torch.Generator().manual_seed(seed))
+    x = start.to(device=A.device, dtype=A.dtype)
     r = torch.zeros(k, k)
     for _ in range(iterations):
         shaped = x.reshape(k, *A.in_shape)
@@ -171,7 +172,7 @@ def _one(
     progress: Progress,
 ) -> tuple[torch.Tensor, float, float]:
     """Iterate one vector on the complement of ``vectors``; return (row, Ritz value, relative residual)."""
-    x = gaussian(1, gram.size, source).to(gram.device, gram.dtype)
+    x = gram.random(1, source)
     for _ in range(2):
         x = x - (x @ vectors.T) @ vectors
         x = x / torch.linalg.vector_norm(x)
@@ -200,10 +201,10 @@ def _one(
 
 def _residual(x: torch.Tensor, image: torch.Tensor) -> tuple[float, float]:
     """Return (largest relative residual of the Ritz pairs in the span of ``x``, largest Ritz value)."""
-    projected = (x @ image.T).double()
+    projected = wide(x @ image.T)
     values, turn = torch.linalg.eigh(0.5 * (projected + projected.T))
-    turn = turn.T.to(x)
-    errors = torch.linalg.vector_norm(turn @ image - values[:, None].to(x) * (turn @ x), dim=1).double()
+    turn = turn.T
+    errors = torch.linalg.vector_norm(turn @ wide(image) - values[:, None] * (turn @ wide(x)), dim=1)
     largest = float(values[-1])
     floor = torch.finfo(torch.float64).eps * largest
     return float((errors / (values.clamp(min=floor) * largest).sqrt()).max()), largest

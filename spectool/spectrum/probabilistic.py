@@ -12,8 +12,8 @@ from spectool.progress import Progress, Step, silent
 from spectool.spectrum.gram import Gram
 from spectool.spectrum.hochstenbach import FAILURE
 from spectool.spectrum.polish import rounding_unit
-from spectool.spectrum.starts import fingerprint, gaussian, generator
-from spectool.spectrum.verify import complement_run
+from spectool.spectrum.starts import fingerprint, generator
+from spectool.spectrum.verify import bounded_run
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
@@ -97,18 +97,19 @@ def upper(
     with exact_arithmetic():
         gram = Gram(A)
         digest = fingerprint(A)
-        if not gram.prescale(gaussian(1, gram.size, generator(digest, seed, "scale"))):
+        if not gram.prescale(generator(digest, seed, "scale")):
             return 0.0, gram.applications
         pairs = max(1, (max_matvecs - 1) // 2)
-        goal = 0.0 if guess is None else ((1.0 + excess) * guess * gram.factor) ** 2
+        goal = 0.0 if guess is None else ((1.0 + excess) * guess / gram.unit) ** 2
         nothing = torch.empty(0, gram.size, dtype=gram.dtype)
-        for attempt in range(2):
-            source = generator(digest, seed, f"upper {attempt}")
-            share = failure * (0.9, 0.1)[attempt]
-            check = complement_run(gram, nothing, source, above=1e300, goals=((goal, pairs),), failure=share)
-            if not check.broke or gram.double().dtype == gram.dtype:
-                break
-            gram = gram.double()
-        bound = math.sqrt(check.bound * (1.0 + 2.0 * rounding_unit(gram))) / gram.factor
+        check, gram = bounded_run(
+            gram,
+            nothing,
+            lambda suffix: generator(digest, seed, f"upper{suffix}"),
+            above=1e300,
+            goals=((goal, pairs),),
+            failure=failure,
+        )
+        bound = math.sqrt(check.bound * (1.0 + 2.0 * rounding_unit(gram))) * gram.unit
     progress(Step("upper bound", matvecs=gram.applications))
     return bound, gram.applications

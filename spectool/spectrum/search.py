@@ -29,6 +29,7 @@ BASIS_MOST = 160
 CEILING_SHARE = 0.05
 """Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
 
+
 @dataclass(frozen=True)
 class Search:
     """What one run of the iteration found, largest first.

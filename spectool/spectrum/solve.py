@@ -19,7 +19,8 @@ from spectool.linear import (
 )
 from spectool.progress import Progress, silent
 from spectool.spectrum.arguments import Task, check_finite, moderate, validated
-from spectool.spectrum.dense import Solved, affordable, dense
+from spectool.spectrum.cholesky import MOST_WORK
+from spectool.spectrum.dense import Solved, affordable, dense, on_host
 from spectool.spectrum.estimate import Estimate
 from spectool.spectrum.exact import closed_form
 from spectool.spectrum.independent import solve_parts
@@ -31,7 +32,7 @@ from spectool.spectrum.stencil import convolution_of
 from spectool.spectrum.types import Method, Spectrum
 
 _SOLVERS: dict[str, Callable[..., Estimate]] = {"lanczos": lanczos, "power": power, "powerqr": powerqr}
-_CERTIFIED_SIDE = 2048  # a certificate by Cholesky costs as much as all eigenvalues up to here
+_CERTIFIED_SIDE = 2048
 
 
 def svds(
@@ -95,11 +96,14 @@ def svds(
         check_finite(A)
         B, factor = moderate(A)
         solved = _solve(B, task)
+        if not vectors:
+            solved = replace(solved, left=None, right=None)
         spectrum = spectrum_of(solved, B, task.k, seed=seed, fro=frobenius(B), note=note)
     return _rescaled(spectrum, factor)
 
 
 def _solve(A: LinearMap, task: Task) -> Solved:
+    """Dispatch on the method."""
     if task.method == "auto":
         return _with_vectors(A, task) if task.vectors else _automatic(A, task)
     if task.method == "exact":
@@ -110,9 +114,9 @@ def _solve(A: LinearMap, task: Task) -> Solved:
 def _automatic(A: LinearMap, task: Task) -> Solved:
     """Structure, else independent problems, else dense, else Lanczos."""
     k, A = task.k, fold(A)
-    if task.certify and isinstance(A, MatrixMap) and min(size(A)) <= _CERTIFIED_SIDE:
+    if task.certify and isinstance(A, MatrixMap) and _certified_by_spectrum(*size(A)):
         return dense(A, k)
-    solved = closed_form(A, k)
+    solved = closed_form(on_host(A), k)
     if solved is not None:
         return solved
     conv = convolution_of(A)
@@ -138,12 +142,17 @@ def _automatic(A: LinearMap, task: Task) -> Solved:
     return replace(whole, matvecs=whole.matvecs + spent[0])
 
 
+def _certified_by_spectrum(m: int, n: int) -> bool:
+    """Whether all eigenvalues of the Gram matrix cost hardly more than the Cholesky test that needs it too."""
+    return min(m, n) <= _CERTIFIED_SIDE and 2.0 * m * n * min(m, n) <= MOST_WORK
+
+
 def _exactly(A: LinearMap, task: Task) -> Solved:
     """Structure or dense, whatever it costs."""
     if task.vectors:
         return dense(A, task.k, vectors=True)
     A = fold(A)
-    solved = closed_form(A, task.k)
+    solved = closed_form(on_host(A), task.k)
     conv = convolution_of(A)
     if solved is None and conv is not None:
         parts = parts_of(conv)
@@ -158,7 +167,7 @@ def _with_vectors(A: LinearMap, task: Task) -> Solved:
         return dense(A, task.k, vectors=True)
     m, n = size(A)
     solved = _iterative(A, task, task.k, method="lanczos", why=f"vectors of a {m} × {n} operator")
-    theorem = closed_form(fold(A), task.k)
+    theorem = closed_form(on_host(fold(A)), task.k)
     return solved if theorem is None else with_levels(solved, theorem)
 
 

@@ -40,19 +40,16 @@ def generator(digest: bytes, seed: int, purpose: str) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(number)
 
 
-def gaussian(rows: int, size: int, source: torch.Generator) -> torch.Tensor:
-    """Return ``(rows, size)`` independent standard normal numbers, float64 on the CPU."""
-    return torch.randn(rows, size, dtype=torch.float64, generator=source)
-
-
 def _absorb(digest: hashlib._Hash, item: Any) -> None:
     """Feed one value to the digest; tensors by their bytes, maps by their defining attributes."""
     if isinstance(item, torch.Tensor):
         digest.update(f"tensor{item.dtype}{tuple(item.shape)}".encode())
-        flat = item.detach().reshape(-1)
-        for begin in range(0, flat.numel(), _BLOCK):
-            block = flat[begin : begin + _BLOCK].to("cpu").contiguous()
-            digest.update(block.view(torch.uint8).numpy().tobytes())
+        rows = item.detach().reshape(1) if item.ndim == 0 else item.detach()
+        # Slices along the first axis are views whatever the strides; flattening everything could copy it.
+        step = max(1, _BLOCK * rows.shape[0] // max(1, rows.numel()))
+        for begin in range(0, rows.shape[0], step):
+            block = rows[begin : begin + step].to("cpu").reshape(-1).contiguous()
+            digest.update(block.view(torch.uint8).numpy().data)
     elif hasattr(item, "matvec"):
         digest.update(f"map{type(item).__name__}{tuple(item.in_shape)}{tuple(item.out_shape)}".encode())
         for name in _DATA:

@@ -63,9 +63,10 @@ class Polynomial:
     def rounding(self) -> Tensor:
         """Bound on the error ‖δH(θ)‖ of ``evaluate`` for |θ| ≤ π ``(groups,)``.
 
-        A phase q·θ is wrong by at most 4·ΣQ·eps, its sine by 2 eps more; summing T taps adds T·eps of Σ‖B_q‖.
+        A phase q·θ is wrong by at most 16·ΣQ·eps (θ itself was rounded), its sine by 2 eps more; summing T taps
+        adds T·eps of Σ‖B_q‖.
         """
-        return self.norms * (EPS * (4 + prod(self.taps) + 4 * sum(self.taps)))
+        return self.norms * (EPS * (4 + prod(self.taps) + 16 * sum(self.taps)))
 
     def evaluate(self, theta: Tensor, group: Tensor) -> Tensor:
         """Return H ``(F, out, in)`` of groups ``(F,)`` at frequencies ``(F, D)``."""
@@ -124,7 +125,7 @@ class Polynomial:
         half = half.reshape(-1, *centre.shape)
         square = centre + half + half.mH
         taps = prod(self.taps)
-        factor = EPS * (self.coefficients.shape[2] + 8 * sum(self.taps) + 4 * taps + 16)
+        factor = EPS * (self.coefficients.shape[2] + 16 * sum(self.taps) + 4 * taps + 16)
         return square, (factor * self.norms[0] ** 2).expand(len(theta))
 
     @cached_property

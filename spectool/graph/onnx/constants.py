@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from spectool.errors import OperatorError
+from spectool.errors import CorruptFile, OperatorError
 from spectool.graph.onnx.evaluate import Array, Evaluator
 from spectool.graph.types import Shape
 
@@ -79,9 +79,14 @@ class Constants:
         self.stored_shapes[key] = shape
 
         def read() -> Array:
-            if external_data_helper.uses_external_data(tensor) or self._is_key(key, shape):
+            if external_data_helper.uses_external_data(tensor):
                 return _to_numpy(self.checkpoint.read(key))
-            return np.asarray(numpy_helper.to_array(tensor))
+            try:
+                return np.asarray(numpy_helper.to_array(tensor))
+            except (ValueError, TypeError) as error:
+                raise CorruptFile(
+                    f"{self.checkpoint.path}: tensor {key!r} has other bytes than its shape says ({error})"
+                ) from error
 
         self._put(name, Constant(shape, dtype_name(tensor.data_type), (key,), read))
 

@@ -55,15 +55,13 @@ def infer(state: State, node: Any, inputs: Sequence[str], version: int, ir_versi
         element = element_type(state.dtype(name)) if name else 0
         if element:
             types[raw] = helper.make_tensor_type_proto(element, state.shape(name))
-            value = state.samples.get(name) if name in state.samples else state.constants.small(name)
-            if value is not None and (value.dtype.name in ("int64", "int32") or value.size <= _FEW):
+            value = _given(state, name)
+            if value is not None:
                 data[raw] = numpy_helper.from_array(value, raw)
-    bare = onnx.NodeProto()
-    bare.CopyFrom(node)
     try:
         found = shape_inference.infer_node_outputs(
             schema,
-            bare,
+            node,
             types,
             data,
             opset_imports=[helper.make_opsetid(node.domain, version)],
@@ -72,6 +70,20 @@ def infer(state: State, node: Any, inputs: Sequence[str], version: int, ir_versi
     except Exception:  # inference refuses what it cannot type; the rules behind treat it as unknown
         return unknown
     return [_type(found[name]) if name in found else ("", None) for name in node.output]
+
+
+def _given(state: State, name: str) -> Array | None:
+    """Return a value that inference may need: any few numbers, and integers, which may be sizes or axes."""
+    if name in state.samples:
+        return state.samples[name]
+    if name not in state.constants:
+        return None
+    constant = state.constants[name]
+    return (
+        state.constants.small(name)
+        if constant.numel <= _FEW or constant.dtype in ("int64", "int32")
+        else None
+    )
 
 
 def declared(value: Any, sizes: Mapping[str, int]) -> Type:

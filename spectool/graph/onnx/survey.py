@@ -63,7 +63,10 @@ def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]]
         return _survey(checkpoint, model, graph_proto, typed, sizes, notes)
 
     found, unsized = survey(resolved)
-    still_open = [name for name, shape in resolved.items() if shape is None or None in shape]
+    tensors = {value.name for value in graph_proto.input if value.type.HasField("tensor_type")}
+    still_open = [
+        name for name, shape in resolved.items() if name in tensors and (shape is None or None in shape)
+    ]
     # Whether the open sizes are to blame shows when they are filled in.
     if unsized and still_open and (not inputs or set(survey(example_shapes(resolved))[1]) != set(unsized)):
         raise missing_size(unsized[0], dims, resolved)
