@@ -281,6 +281,19 @@ def test_a_pair_looks_through_a_bias_but_not_past_a_second_user() -> None:
     assert region(survey, "b + bn2.gamma").maximal
 
 
+def test_an_operator_that_is_also_used_without_the_batch_norm_makes_no_pair() -> None:
+    net = Net(x=(1, 3, 5, 5))
+    h = net.conv("x", "a", 4)
+    y = net.conv(net.norm(h, "bn"), "b", 4)
+    survey = net.survey(y, net(RELU, (h,), (1, 4, 5, 5)))
+    assert rows(survey) == [
+        ("a", "conv2d", True),
+        ("bn.gamma", "batchnorm", False),
+        ("b", "conv2d", False),
+        ("a + bn.gamma + b", "conv2d+batchnorm+conv2d", True),
+    ]
+
+
 def test_larger_regions_follow_their_last_layer() -> None:
     net = Net(x=(1, 3, 5, 5))
     h = net.norm(net.conv("x", "depthwise", 3, groups=3), "bn1")

@@ -350,6 +350,24 @@ def test_record_that_ends_after_the_file(plain: Path) -> None:
         open_checkpoint(patched(plain, last.encode(), 20, huge + huge))
 
 
+# --- legacy files -----------------------------------------------------------------------------------------
+
+
+def test_legacy_storages_that_contradict_the_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save({"w": values((5, 5)), "v": values((3,))}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(CorruptFile, match=r"old\.pt ends after \d+ bytes; its storages need"):
+        open_checkpoint(path)
+    count = struct.pack("<q", 25)
+    assert data.count(count) == 1
+    for other in (26, 24, -1, 2**62):
+        path.write_bytes(data.replace(count, struct.pack("<q", other)))
+        with pytest.raises(CorruptFile, match=f"has {other} elements, its tensors expect 25"):
+            open_checkpoint(path)
+
+
 # --- gzip -------------------------------------------------------------------------------------------------
 
 

@@ -345,8 +345,14 @@ def test_functions_by_either_recording(case: Case, monkeypatch: pytest.MonkeyPat
         A = case.build()
         assert isinstance(A, FunctionMap)
         basis = torch.eye(expected.shape[1]).reshape(-1, *A.in_shape)
-        for _ in range(11):  # the ninth application is the first one that is traced
+        pushes = []
+        for _ in range(11):
             image = A.matvec(basis)
+            pushes.append(A._forward[len(basis)][0])
+        assert pushes[7] is pushes[0]
+        assert (pushes[8] is not pushes[0]) == (entries == 0), (
+            "the ninth application is the first that is traced"
+        )
         np.testing.assert_allclose(flat(image).T, expected, atol=4e-7 * np.abs(expected).max())
 
 

@@ -55,6 +55,7 @@ def test_blocks_of_rows_give_the_same_products(
     monkeypatch.setattr("spectool.linear.matrix._BLOCK_CPU", 1)  # 16 rows, the least
     A = MatrixMap(weight)
     assert len(list(A._blocks())) > 1
+    assert all(block.stride(1) == 1 for block in A._blocks()), "blocks are not runs of memory"
     assert A.weight.data_ptr() == weight.data_ptr(), "the stored weight was copied"
     x, y = random(3, 90, dtype=torch.float32), random(3, 70, dtype=torch.float32, seed=1)
     for got, expected in (
@@ -123,6 +124,26 @@ def test_gradient_with_respect_to_the_weight(name: str, backward: bool) -> None:
     assert float((gradient * other).sum()) == pytest.approx(float(product(other)), rel=exactness)
     A = build(other)
     assert not A.matvec(random(1, *A.in_shape)).requires_grad, "a graph was recorded that nobody asked for"
+
+
+def test_weight_that_requires_a_gradient_may_be_trained() -> None:
+    for stride in (1, 2):
+        weight = random(4, 9, 3).requires_grad_()
+        A = ConvMap(weight, (9, 11), ConvGeometry((stride,), ((1, 1),), (1,)))
+        B = MatrixMap(random(5, 6).requires_grad_())
+        for map_ in (A, B):
+            for _ in range(2):
+                assert dot_test(map_) < 1e-6
+                (map_.rmatvec(map_.matvec(torch.ones(1, *map_.in_shape)))).sum().backward()
+                with torch.no_grad():
+                    map_.weight += 1.0
+                torch.testing.assert_close(
+                    to_dense(map_),
+                    to_dense(type(map_)(map_.weight.detach(), *([(9, 11), A.geometry] * (map_ is A)))),
+                )
+                fresh = map_.to(dtype=torch.float64)
+                y = torch.ones(1, *map_.out_shape)
+                torch.testing.assert_close(map_.rmatvec(y), fresh.rmatvec(y.double()).float())
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -296,6 +317,14 @@ def test_functions_are_scaled_by_what_a_vector_shows(scale: float) -> None:
     assert float(B.rmatvec(B.matvec(torch.ones(1, 5)))[0, 0]) * factor == pytest.approx(
         scale**2 / factor, rel=1e-5
     )
+
+
+def test_half_types_lose_nothing_when_scaled() -> None:
+    weight = torch.tensor([[[60000.0, 5.96e-8, -6.1e-5]]]).half()
+    B, factor = prescale(ConvMap(weight, (1, 8), ConvGeometry.plain(1)))
+    assert factor == 2.0**15
+    assert isinstance(B, ConvMap)
+    assert torch.equal(B.weight.double(), weight.double() / factor)
 
 
 def test_a_zero_map_is_not_scaled() -> None:

@@ -87,10 +87,12 @@ def analysed_row(item: Region | Skipped, load: Load, options: Options, progress:
     if isinstance(item, Skipped):
         return row
     start = time.perf_counter()
-    bad = _not_finite(item, load)
-    if bad:
-        return replace(row, status="failed", note=_join(row.note, bad), seconds=time.perf_counter() - start)
     try:
+        bad = _not_finite(item, load)
+        if bad:
+            return replace(
+                row, status="failed", note=_join(row.note, bad), seconds=time.perf_counter() - start
+            )
         operator = lower(item, load, dtype=options.dtype, device=options.device)
     except OperatorError as error:
         reason = f"cannot be built: {error}"

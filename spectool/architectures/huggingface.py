@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from spectool.architectures.resolve import import_torchvision
+from spectool.architectures.resolve import empty_parameters, import_torchvision
 from spectool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
     Raises:
         UsageError: If transformers is not installed, does not know the model, or cannot build it.
     """
-    import torch
-
     with contextlib.suppress(UsageError):
         # transformers looks for torchvision, and stumbles where its compiled part is of another build.
         import_torchvision()
@@ -47,7 +45,7 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
         settings = transformers.AutoConfig.for_model(kind, **plain)
         names = config.get("architectures") or []
         cls = next((getattr(transformers, name) for name in names if hasattr(transformers, str(name))), None)
-        with torch.device("meta"):
+        with empty_parameters():
             module = cls(settings) if cls is not None else transformers.AutoModel.from_config(settings)
     except Exception as error:  # whatever a library of hundreds of models raises
         text = str(error).splitlines()[0] if str(error) else ""

@@ -1,10 +1,11 @@
-"""Build the module that an architecture's name stands for, on the meta device: no weights, no downloads."""
+"""Build the module that an architecture's name stands for: no weights, no downloads."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build(name: str, arguments: Mapping[str, Any] | None = None) -> torch.nn.Module:
-    """Return the module called ``name``, in evaluation mode, on the meta device.
+    """Return the module called ``name``, in evaluation mode, its parameters on the meta device.
 
     Args:
         name: ``torchvision:resnet18``, ``timm:vit_tiny_patch16_224`` or ``package.module:factory``, a callable that
@@ -37,13 +38,8 @@ def build(name: str, arguments: Mapping[str, Any] | None = None) -> torch.nn.Mod
     factory = makers[library](rest) if library in makers else _imported(library, rest)
     try:
         # Shapes alone are wanted; weights come from the checkpoint.
-        try:
-            with torch.device("meta"):
-                module = factory(**dict(arguments or {}))
-        except NotImplementedError:
-            # Some factories compute their widths with tensors, which have no values there.
+        with empty_parameters():
             module = factory(**dict(arguments or {}))
-            module = module.to("meta") if isinstance(module, torch.nn.Module) else module
     except Exception as error:  # whatever a stranger's factory raises
         text = str(error).splitlines()[0] if str(error) else ""
         raise UsageError(
@@ -53,6 +49,30 @@ def build(name: str, arguments: Mapping[str, Any] | None = None) -> torch.nn.Mod
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"{name} made a {type(module).__name__}, not a torch module")
     return module.eval()
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Let modules that are built inside have parameters without memory, and buffers with their values.
+
+    Buffers that a checkpoint leaves out (rotary frequencies, masks) are computed when a module is built; parameters
+    come from the checkpoint.
+    """
+    import torch
+
+    original = torch.nn.Module.register_parameter
+
+    def register(self: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        original(self, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            kept = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            self._parameters[name] = kept
+
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _imported(module_name: str, attribute: str) -> Callable[..., Any]:

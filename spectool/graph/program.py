@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from spectool.errors import GraphError
+from spectool.errors import GraphError, OperatorError
 from spectool.graph.boundaries import Wall
 from spectool.graph.inputs import example_inputs
 from spectool.graph.recorded import survey_recorded, unused
@@ -48,6 +48,8 @@ def survey_module(
     def stored(name: str) -> torch.Tensor:
         if load is not None and (not names or name in names):
             return load(names.get(name, name))
+        if state[name].is_meta:
+            raise OperatorError(f"{name} is not in the file and was not computed when its module was built")
         return state[name].detach().cpu()
 
     walls = {}

@@ -178,6 +178,11 @@ def _opaque_rows(
     if node.op.reason in _NONLINEAR:
         key = graph.origins[weights[0]][0]
         return (_nonlinear(key, node.op.reason, shapes[weights[0]]),)
+    if packet(node.op.name) in ("aten.prelu", "aten._prelu_kernel"):
+        key = graph.origins[weights[0]][0]
+        reason = "an activation with learned slopes"
+        shape = graph.constants.get(key, shapes[weights[0]])
+        return (Skipped(key, "prelu", (key,), (shape,), reason, status="nonlinear", operators=0),)
     floating = [name for name in weights if len(shapes[name]) >= 2 and _real(graph, name)]
     if not floating:
         return ()

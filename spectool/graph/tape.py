@@ -250,9 +250,10 @@ def _record(
         if id(tensor) not in stand_in:
             plain = tensor.detach()
             if isinstance(mode, FakeTensorMode):
-                fake_tensor = mode.from_tensor(plain)
-                cast = dtype is not None and plain.is_floating_point()
-                stand_in[id(tensor)] = fake_tensor.to(dtype) if cast else fake_tensor
+                kind = dtype if dtype is not None and plain.is_floating_point() else plain.dtype
+                # One device for all: parameters may be on the meta device and buffers not.
+                with mode:
+                    stand_in[id(tensor)] = torch.empty_strided(plain.size(), plain.stride(), dtype=kind)
             else:
                 # A buffer that the program writes to must not change under the user's feet.
                 stand_in[id(tensor)] = plain.clone()
@@ -265,7 +266,7 @@ def _record(
     constants = {
         name: tuple(tensor.shape) for name, tensor in state.items() if writer.names[id(tensor)] == name
     }
-    place = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    place = torch.device("cpu") if fake else next((t.device for t in tensors.values()), torch.device("cpu"))
 
     def fresh(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

@@ -20,8 +20,8 @@ class ConvMap:
     the kernel), padding mode and output padding; ``dot_test`` proves them adjoint. The cost is that of torch's
     own convolutions. A weight in a half type is upcast once, when first used.
 
-    Differentiable in its weight if that requires a gradient; pass ``weight.detach()`` otherwise. The weight must
-    not change afterwards: forms of it are kept.
+    Differentiable in its weight if that requires a gradient; it is then read anew at every application. Else
+    it must not change afterwards, because forms of it are kept.
 
     Args:
         weight: ``(out, in/groups, *k)``; if transposed ``(in, out/groups, *k)``; any float type.

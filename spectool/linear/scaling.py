@@ -78,7 +78,7 @@ def scaled_weight(weight: torch.Tensor, factor: float) -> torch.Tensor:
     if factor == 1.0:
         return weight
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    # In two steps, because 1/factor can overflow where the quotient does not.
+    # In two steps: some devices multiply by 1/factor, which can overflow where the quotient does not.
     root = math.ldexp(1.0, (math.frexp(factor)[1] - 1) // 2)
     return (weight.double() / root / (factor / root)).to(stored)
 

@@ -107,7 +107,7 @@ def cumulative_sum(arguments: Arguments, attributes: Attributes, opset: int) -> 
         x = x.flip(axis)
     y = x.cumsum(axis)
     if attributes.get("exclusive"):
-        y = y
+        y = y - x
     return y.flip(axis) if attributes.get("reverse") else y
 
 
