@@ -350,6 +350,36 @@ def test_a_gather_that_repeats_entries_is_more_than_its_operator() -> None:
         assert len(survey.items) == (1 if maximal else 2)
 
 
+def test_selecting_before_an_operator_changes_nothing_unless_entries_repeat() -> None:
+    for index, maximal in (((5, 0, 1), True), ((0, 0, 1), False)):
+        net = Net(x=(1, 6))
+        chosen = net(call("Gather", axis=1, index=index), ("x", net.weight("index", 3)), (1, 3))
+        y = net.linear(chosen, "w", 4, 3)
+        assert rows(net.survey(net(RELU, (y,), (1, 4))))[0] == ("w", "linear", maximal)
+
+
+def test_entries_that_are_no_channels_times_positions_are_replayed() -> None:
+    """Channel 0 at the first position and channel 1 at the second are no part of the matrix."""
+    net = Net(x=(1, 2, 6))
+    h = net.linear("x", "w", 4, 6)
+    h = net(call("Reshape"), (h, net.weight("shape", 2)), (1, 8))
+    y = net(call("Gather", axis=1, index=(0, 5)), (h, net.weight("index", 2)), (1, 2))
+    survey = net.survey(net(RELU, (y,), (1, 2)))
+    assert rows(survey) == [("w", "linear", False), ("w", "linear", True)]
+    composed = survey.items[1]
+    assert isinstance(composed, Region)
+    assert (composed.in_shape, len(composed.nodes)) == ((2, 6), 3)
+
+
+def test_open_sizes_do_not_make_a_bias_an_operator() -> None:
+    net = Net(x=(None, 6))
+    h = net.linear("x", "w", 4, 6)
+    y = net(call("Add"), (h, net.weight("bias", 4)), (None, 4))
+    assert rows(net.survey(y)) == [("w", "linear", True)]
+    z = net(call("Add"), (h, net.weight("table", 7, 4)), (None, 4))
+    assert isinstance(net.survey(z).items[1], Skipped)
+
+
 def test_constants_that_join_a_value_change_nothing() -> None:
     """A class token before the patches: the convolution's own values and some zeros."""
     net = Net(x=(1, 3, 4, 4))

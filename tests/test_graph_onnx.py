@@ -251,6 +251,18 @@ def test_sizes_computed_from_shapes_are_constants(tmp_path: Path) -> None:
     np.testing.assert_allclose(dense(item, survey), jacobian_of(proto), atol=2e-5)
 
 
+def test_parts_of_shapes_are_constants(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", "x", "inner", start=1, end=-1),
+        node("Concat", "inner rest", "target", axis=0),
+        node("Reshape", "x target", "h"),
+        node("Mul", "h gain", "y"),
+    ]
+    tensors = {"rest": np.array([-1]), "gain": weights(3, 1)}
+    item = region(survey_of(model(graph(nodes, {"x": (2, 3, 6)}, "y", tensors)), tmp_path), "gain")
+    assert (item.kind, item.in_shape, item.batched) == ("scale", (3, 12), False)
+
+
 def test_a_sparse_initializer_is_a_weight(tmp_path: Path) -> None:
     values = helper.make_tensor("w", FLOAT, [2], [3.0, -4.0])
     indices = helper.make_tensor("i", INT64, [2, 2], [0, 1, 3, 0])

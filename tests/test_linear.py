@@ -16,7 +16,7 @@ from dense import (
     conv_transpose_matrix,
     upsample_matrix,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from spectool.linear import (
@@ -73,6 +73,7 @@ def test_names_and_shapes(case: Case) -> None:
             assert (z.shape, z.dtype) == ((b, *B.in_shape), dtype)
             assert not y.any(), "a bias got through"
             assert not z.any()
+    assert all_finite(A)
     assert A.dtype == torch.float32, "`to` changed the map it was called on"
 
 
@@ -159,11 +160,6 @@ def test_prescaled_map_is_a_power_of_two_away(case: Case) -> None:
     scale = np.linalg.norm(matrix) ** 2 * np.linalg.norm(flat(x), axis=1).max()
     assert scale < 1e12
     rows_agree(image, flat(x) @ matrix.T @ matrix, scale, 32 * EPS[torch.float32])
-
-
-@EVERY
-def test_finite_weights_are_seen_to_be_finite(case: Case) -> None:
-    assert all_finite(case.build())
 
 
 # --- the definitions the truth is built from, against torch's own layers ----------------------------------
@@ -255,12 +251,12 @@ def convolutions(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Con
     return (first, second, *kernel), (per_in * groups, *n), geometry
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(convolutions())
 def test_any_convolution(problem: tuple[tuple[int, ...], tuple[int, ...], ConvGeometry]) -> None:
     weight_shape, in_shape, g = problem
-    if min(g.output_size(in_shape[1:], weight_shape[2:])) < 1:
-        return
+    out = g.output_size(in_shape[1:], weight_shape[2:])
+    assume(min(out) >= 1 and math.prod(out) * math.prod(in_shape[1:]) <= 20_000)
     weight = random(weight_shape[1:], torch.float64, b=weight_shape[0])
     if g.transposed:
         expected = conv_transpose_matrix(

@@ -319,6 +319,12 @@ def test_functions_are_scaled_by_what_a_vector_shows(scale: float) -> None:
     )
 
 
+def test_a_multiple_is_scaled_with_its_factor() -> None:
+    B, factor = prescale(Scaled(MatrixMap(torch.tensor([[3e-20]])), -1e30))
+    assert -2 < float(B.matvec(torch.ones(1, 1))) <= -0.25
+    assert float(B.matvec(torch.ones(1, 1))) * factor == pytest.approx(-3e10, rel=1e-6)
+
+
 def test_half_types_lose_nothing_when_scaled() -> None:
     weight = torch.tensor([[[60000.0, 5.96e-8, -6.1e-5]]]).half()
     B, factor = prescale(ConvMap(weight, (1, 8), ConvGeometry.plain(1)))

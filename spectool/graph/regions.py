@@ -220,7 +220,7 @@ def _larger(
         if operator is not None:
             return operator
     content = [node for node in nodes if context.role(node) not in FREE]
-    if len(content) == 1 and len(context.flowing(content[0])) == 1:
+    if len(content) == 1 and context.kind(content[0]):
         # One pool, up-sampling or scale: it and the rearrangements around it.
         lone = _lone(context, content[0])
         if lone.in_shape is None or lone.out_shape is None:

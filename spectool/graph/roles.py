@@ -134,7 +134,7 @@ class Context:
             if other and self.is_constant(other):
                 sizes = self.constant_shape(other)
                 pairs = zip(reversed(sizes), reversed(before), strict=False)
-                if len(sizes) > len(before) or any(size not in (1, own) for size, own in pairs):
+                if any(size not in (1, own) for size, own in pairs):
                     return False
         return True
 

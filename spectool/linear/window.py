@@ -74,6 +74,12 @@ class Window:
         self._by_hand = tuple(by_hand)
         self._any_by_hand = any(map(any, by_hand))
         self._padded = tuple(n + lead + trail for n, (lead, trail) in zip(wide, by_hand, strict=True))
+        self._unread = tuple(  # positions past the last window, which a stride may leave
+            n + 2 * p - ((m - 1) * s + reach + 1)
+            for n, p, m, s, reach in zip(
+                self._padded, self._native, narrow, self._stride, self._reach, strict=True
+            )
+        )
         # Going back at stride 1, y is padded so that every tap of the flipped kernel meets it; where the padding
         # was zeros, what it would write there is left out at once.
         outside = pads if self._mode == "zeros" else ((0, 0),) * self._dims
@@ -110,39 +116,26 @@ class Window:
 
     def _scatter_flipped(self, y: torch.Tensor) -> torch.Tensor:
         """Stride 1: the adjoint is a convolution with the kernel flipped; up to 2× faster than transposed."""
-        kernel = self._form("flipped", self._flip)
-        if self._mode == "zeros":  # padding before and cropping after are one (de)padding of y
-            room = tuple(
-                (r - lead, r - trail) for r, (lead, trail) in zip(self._reach, self._pads, strict=True)
-            )
-        else:
-            room = tuple((r, r) for r in self._reach)
-        native = all(lead == trail >= 0 for lead, trail in room)
+        native = self._room_native
         x: torch.Tensor = _CONV[self._dims](
-            y if native else pad(y, room, "zeros"),
-            kernel,
+            pad(y, self._room, "zeros") if native is None else y,
+            self._form("flipped", self._flip),
             None,
             1,
-            tuple(lead for lead, _ in room) if native else 0,
+            0 if native is None else native,
             self._dilation,
             self._groups,
         )
         return x if self._mode == "zeros" else pad_adjoint(x, self._pads, self._mode)
 
     def _scatter_transposed(self, y: torch.Tensor) -> torch.Tensor:
-        extra = tuple(
-            n + 2 * p - ((m - 1) * s + reach + 1)
-            for n, p, m, s, reach in zip(
-                self._padded, self._native, self._narrow, self._stride, self._reach, strict=True
-            )
-        )  # positions past the last window, which a stride may leave unread
         x: torch.Tensor = _TRANSPOSED[self._dims](
             y,
             self._form("plain", _same),
             None,
             self._stride,
             self._native,
-            extra,
+            self._unread,
             self._groups,
             self._dilation,
         )

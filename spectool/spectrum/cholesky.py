@@ -25,10 +25,7 @@ MOST_WORK = 1.5e12
 """Flops up to which a Gram matrix is formed for a certificate: about half a minute of one core."""
 
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)
-_POWERMOST_WORK = 1.5e12
-"""Flops up to which a Gram matrix is formed for a certificate: about half a minute of one core."""
-
-_STEPS = 60
+_POWER_STEPS = 60
 
 
 def proven_bound(A: MatrixMap, guess: float | None = None) -> float | None:

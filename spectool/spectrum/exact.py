@@ -28,6 +28,7 @@ from spectool.spectrum.parts import parts_of
 from spectool.spectrum.periodic import grid_levels
 from spectool.spectrum.stencil import convolution_of
 from spectool.spectrum.symbol import frequency_work, polynomial
+from spectool.spectrum.thin import thin_product
 
 _CIRCULAR_WORK = 2e11
 
@@ -102,6 +103,9 @@ def _composed(A: Composed, k: int) -> Solved | None:
     conv = convolution_of(A)
     if conv is not None:
         return closed_form(conv, k)
+    thin = thin_product(A, k)
+    if thin is not None:
+        return thin
     matrix = _product_of_matrices(A)
     if matrix is not None:
         product, rounding = matrix

@@ -76,7 +76,6 @@ class Krylov:
         front = self._rows[old : old + b]
         w = self.gram(front)
         self._largest = max(self._largest, float(torch.linalg.matrix_norm(w)))
-        self._avoid_known(w)
         # The local recurrence first: components that are known are subtracted once, by their known size.
         # Right after a restart F couples to every row of Q, later only to the last block.
         coupled = np.flatnonzero(np.any(self.link != 0.0, axis=0))
@@ -154,21 +153,25 @@ class Krylov:
     def _tensor(self, array: NDArray[np.float64]) -> torch.Tensor:
         return self.gram.take(torch.from_numpy(np.ascontiguousarray(array)))
 
-    def _avoid_known(self, w: torch.Tensor) -> None:
+    def _project(self, w: torch.Tensor) -> None:
+        """Take out of ``w`` what lies in K and Q, in place; twice where the first pass took much of it.
+
+        After the local recurrence only rounding is left in Q, and in K what the residuals of its rows put there, so
+        one pass is enough unless ``w`` itself is of that size. Without any pass, or with one that ignores
+        cancellation, results are silently wrong; K has to come with the last pass, because normalising amplifies
+        what is left of it from step to step (1e-7 became 0.2 in ten).
+        """
+        before = torch.linalg.vector_norm(w, dim=1)
+        self._pass(w, self.size)
+        if bool((torch.linalg.vector_norm(w, dim=1) < 0.7 * before).any()):
+            self._pass(w, self.size)
+
+    def _pass(self, w: torch.Tensor, count: int) -> None:
+        """Subtract once from ``w``, in place, its components in the first ``count`` rows and in K."""
+        q = self._rows[:count]
+        w -= (w @ q.T) @ q
         if len(self.known):
             w -= (w @ self.known.T) @ self.known
-
-    def _project(self, w: torch.Tensor) -> None:
-        """Take out of ``w`` what lies in Q, in place; twice where the first pass took much of it.
-
-        After the local recurrence only rounding is left in Q, so one pass is enough unless ``w`` itself is of
-        that size. Without any pass, or with one that ignores cancellation, results are silently wrong.
-        """
-        q = self._rows[: self.size]
-        before = torch.linalg.vector_norm(w, dim=1)
-        w -= (w @ q.T) @ q
-        if bool((torch.linalg.vector_norm(w, dim=1) < 0.7 * before).any()):
-            w -= (w @ q.T) @ q
 
     def _advance(self, w: torch.Tensor) -> None:
         """Make rows ``w``, orthogonal to Q, into the next F; what vanishes is replaced by random rows."""
@@ -206,8 +209,6 @@ class Krylov:
     def _clean(self, index: int) -> None:
         """Make row ``index`` orthogonal to K and to the rows before it; it is mostly rounding or random."""
         row = self._rows[index : index + 1]
-        q = self._rows[:index]
         for _ in range(2):
-            self._avoid_known(row)
-            row -= (row @ q.T) @ q
+            self._pass(row, index)
             row /= torch.linalg.vector_norm(row)

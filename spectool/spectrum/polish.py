@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
 
 
+PROMISE = 1e-6
+"""Accuracy that is promised, relative to σ₁; what is smaller than this is as good as zero."""
+
+
 @dataclass(frozen=True)
 class Pairs:
     """p approximate singular triplets of a scaled operator f·M, float64.

@@ -12,7 +12,7 @@ import torch
 from spectool.progress import Progress, Step
 from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
 from spectool.spectrum.krylov import Krylov
-from spectool.spectrum.polish import rounding_unit
+from spectool.spectrum.polish import PROMISE, rounding_unit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,10 +152,14 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
     wanted = max(1, int(np.sum(values[: aim.k] >= kth)))
     floor = np.maximum(values[:wanted], np.finfo(np.float64).eps * first)
     worst = float((errors[:wanted] / np.sqrt(floor * first)).max()) if krylov.frontier else 0.0
-    small = worst <= aim.tol and len(merged) >= aim.k
     # B is applied with an error of about noise·θ₁, which ``errors`` do not see; relative to a small θ that can be
     # more than the tolerance.
     noise = 4.0 * torch.finfo(krylov.gram.dtype).eps
+    # Far below σ₁ the tolerance says little about a value: there its own size counts, down to the promise.
+    vague = (errors[:wanted] > np.maximum(0.01 * values[:wanted], 4.0 * noise * first)) & (
+        values[:wanted] > 0.1 * PROMISE**2 * first
+    )
+    small = worst <= aim.tol and len(merged) >= aim.k and not (krylov.frontier and vague.any())
     hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
     stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
     return _State(values, coordinates, first, worst, small and not hopeless, stalled)

@@ -10,7 +10,7 @@ import torch
 
 from spectool.spectrum.gram import wide
 from spectool.spectrum.hochstenbach import Sturm, hochstenbach, log_inverse_delta
-from spectool.spectrum.polish import rounding_unit
+from spectool.spectrum.polish import PROMISE, rounding_unit
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
@@ -23,9 +23,6 @@ MARGIN = 1.05
 
 TIGHT = 1.001
 """... and prefers, while that is cheap, what is left to be at most this times the first value."""
-
-PROMISE = 1e-6
-"""Accuracy that is promised, relative to σ₁; what is smaller than this is as good as zero."""
 
 SHARP = 0.02
 """Rounding, relative to the k-th eigenvalue, above which the run is done in float64."""

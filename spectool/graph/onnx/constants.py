@@ -39,6 +39,7 @@ class Constant:
         dtype: Element type as numpy names it.
         origins: Checkpoint keys it was made from, the one that names it first.
         read: Computes or reads it.
+        label: What it is called in a row key: the stored tensor it is made of, or its own name.
         depth: Length of the longest chain of computations behind it.
         node: (node, names of its inputs, output index) where it was computed by a node.
         value: The array, where it is small.
@@ -48,6 +49,7 @@ class Constant:
     dtype: str
     origins: tuple[str, ...]
     read: Callable[[], Array]
+    label: str
     depth: int = 0
     node: tuple[Any, tuple[str, ...], int] | None = None
     value: Array | None = None
