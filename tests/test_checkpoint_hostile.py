@@ -168,6 +168,16 @@ def test_shared_dicts_do_not_multiply_without_bound(tmp_path: Path) -> None:
         open_checkpoint(path, limits=Limits(names=5000))
 
 
+def test_attributes_of_a_module_do_not_multiply_either(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    net.data = [1] * 200
+    for _ in range(6):
+        net.data = [net.data] * 200
+    torch.save(net, tmp_path / "x.pt")
+    with pytest.raises(LimitExceeded, match="limit names = 20,000"):
+        open_checkpoint(tmp_path / "x.pt", limits=Limits(names=20_000))
+
+
 def test_depth_of_a_nest(tmp_path: Path) -> None:
     content: Any = {"w": values((2, 2))}
     for _ in range(101):

@@ -126,6 +126,8 @@ def test_traced_graph_module(tmp_path: Path) -> None:
     net = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     torch.save(net, tmp_path / "fx.pt")
     checkpoint = assert_equals(tmp_path / "fx.pt", dict(net.state_dict()))
+    assert checkpoint.program.cls == "torch.fx.graph_module.reduce_graph_module"
+    assert checkpoint.notes == ()
     assert checkpoint.program.children["0"].cls == "torch.nn.modules.linear.Linear"
 
 

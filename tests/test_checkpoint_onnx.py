@@ -299,6 +299,18 @@ def test_cut_short_or_not_a_model(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+def test_fields_of_the_model_by_number_and_type(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    data = model([identity()], [numpy_helper.from_array(np.ones(2, np.float32), "w")]).SerializeToString()
+    # Field 40 does not exist yet; field 5 (model_version) is a number, not a block of bytes.
+    path.write_bytes(data + b"\xc2\x02\x03abc")
+    assert_equals(path, {"w": torch.ones(2)})
+    for wrong in (b"\x2a\x03abc", b"\xc5\x02abcd", b"\xc2\x02\x7fabc", b"\x02\x01a"):
+        path.write_bytes(data + wrong)
+        with pytest.raises(UnrecognisedFormat, match="none of the formats"):
+            open_checkpoint(path)
+
+
 def test_only_onnx_is_imported(tmp_path: Path) -> None:
     onnx.save(
         model([identity()], [numpy_helper.from_array(np.ones(2, np.float32), "w")]), tmp_path / "net.onnx"

@@ -88,6 +88,8 @@ def test_whole_spectrum_is_enclosed_with_its_multiplicity(case: Case) -> None:
     assert (sigma <= np.array(spectrum.upper) + slack).all()
     assert np.abs(np.array(spectrum.values) - sigma).max() <= 1e-9 * sigma[0]
     assert spectrum.upper_kind == "exact"
+    assert spectrum.converged
+    assert spectrum.why
     if spectrum.multiplicity_exact and sigma[0] > 0:
         assert spectrum.multiplicity == equal_to_first(sigma)
     assert spectrum.fro == pytest.approx(math.sqrt((sigma**2).sum()), rel=1e-9)

@@ -337,6 +337,19 @@ def test_inputs_that_do_not_fit_are_refused(
         survey_of(convolution_of_open_size("batch", 2, "height", None), tmp_path, inputs)
 
 
+def test_sizes_from_integer_inputs_are_those_of_a_run_on_zeros(tmp_path: Path) -> None:
+    """x is cut to n + 4 entries; the convolution behind it has the size that n = 0 gives."""
+    nodes = [
+        node("Add", "n four", "end"),
+        node("Slice", "x zero end axis", "cut"),
+        node("Conv", "cut w", "y"),
+    ]
+    tensors = {"four": np.array([4]), "zero": np.array([0]), "axis": np.array([2]), "w": weights(3, 2, 3)}
+    body = graph(nodes, {"x": (1, 2, 9), "n": (1,)}, "y", tensors, {"n": INT64})
+    item = region(survey_of(model(body), tmp_path), "w")
+    assert (item.in_shape, item.out_shape) == ((2, 4), (3, 2))
+
+
 def test_inputs_of_several_names(tmp_path: Path) -> None:
     nodes = [node("MatMul", "a w", "h"), node("MatMul", "b w", "g"), node("Mul", "h g", "y")]
     proto = model(graph(nodes, {"a": ("n", "t", 4), "b": ("n", "t", 4)}, "y", {"w": weights(4, 4)}))

@@ -64,6 +64,11 @@ def test_blocks_of_rows_give_the_same_products(
         (normal_matvec(A, x), x.double().numpy() @ exact.T @ exact),
         (normal_matvec(adjoint(A), y), y.double().numpy() @ exact @ exact.T),
         (normal_matvec(Scaled(A, -3.0), x), 9 * (x.double().numpy() @ exact.T @ exact)),
+        (
+            normal_matvec(Reshaped(A, in_shape=(9, 10)), x.reshape(3, 9, 10)).flatten(1),
+            x.double().numpy() @ exact.T @ exact,
+        ),
+        (normal_matvec(adjoint(Reshaped(A, in_shape=(9, 10))), y), y.double().numpy() @ exact @ exact.T),
         (normal_matvec(adjoint(Scaled(A, -3.0)), y), 9 * (y.double().numpy() @ exact @ exact.T)),
     ):
         assert got.dtype == torch.float32

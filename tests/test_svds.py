@@ -63,15 +63,7 @@ def assert_right(spectrum: Spectrum, case: Case, k: int, tolerance: float = 1e-6
         assert 1 <= spectrum.multiplicity <= int((case.sigma() >= sigma[0] * (1 - 1e-6)).sum())
 
 
-# --- every operator by every method ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_automatic(case: Case) -> None:
-    spectrum = svds(case.build(), 8)
-    assert spectrum.converged
-    assert spectrum.why
-    assert_right(spectrum, case, 8, 1e-9)
+# --- every operator by every method (``auto`` is in test_exact.py) ---------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

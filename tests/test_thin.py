@@ -29,6 +29,7 @@ def test_low_rank_products_equal_the_dense_product(m: int, r: int, n: int, dtype
     assert got.upper[0] <= got.lower[0] * (1 + 1e-9)
     assert got.values[r:] == (0.0,) * (20 - r)
     assert got.matvecs == 0
+    assert got.fro == pytest.approx(np.linalg.norm(truth), rel=1e-12)
 
 
 def test_chains_with_scales_and_several_factors() -> None:

@@ -24,6 +24,6 @@ def ls(path: str | Path, *, key: str | None = None) -> Checkpoint:
     Example:
         >>> import spectool
         >>> list(spectool.ls("sample_models/digits_mlp_state.pt").tensors)[0]
-        'net.0.weight'
+        'fc1.weight'
     """
     return open_checkpoint(path, key=key)

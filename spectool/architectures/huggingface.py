@@ -52,7 +52,8 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
         raise UsageError(
             f"transformers cannot build model_type {kind!r} ({type(error).__name__}: {text})"
         ) from error
-    return module.eval()
+    found: torch.nn.Module = module.eval()
+    return found
 
 
 def input_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -68,11 +68,12 @@ def empty_parameters() -> Iterator[None]:
             kept = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             self._parameters[name] = kept
 
-    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    owner: Any = torch.nn.Module
+    owner.register_parameter = register
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+        owner.register_parameter = original
 
 
 def _imported(module_name: str, attribute: str) -> Callable[..., Any]:
@@ -139,12 +140,12 @@ def import_torchvision() -> Any:
     except ImportError as error:
         raise UsageError("torchvision is not installed", hint="python -m pip install torchvision") from error
     except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for loaded in [key for key in sys.modules if key == "torchvision" or key.startswith("torchvision.")]:
             del sys.modules[loaded]
-        found = importlib.import_module("torchvision")
+        found: Any = importlib.import_module("torchvision")
         # A library takes its declarations along when it is collected.
         found._spectool_declared = library
         return found

@@ -13,7 +13,7 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 #: An attribute that is a longer list or dict is data that somebody hung on the module, not geometry.
-_LONGEST = 4096
+_LONGEST = 256
 _DEEPEST = 8
 
 
@@ -99,12 +99,39 @@ class Collector:
                 self.flatten(child, key, depth + 1)
                 children[str(name)] = InertModule(child.cls, {}, {}, {})
         attributes = {
-            name: _plain(value, 0)
+            name: self._plain(value, 0)
             for name, value in state.items()
             if name not in _REGISTRIES
             and not (name.startswith("_") and isinstance(value, dict) and not value)
         }
         return InertModule(module.cls, attributes, parameters, children)
+
+    def _plain(self, value: Any, depth: int) -> Any:
+        """Return an attribute as plain data: placeholders become ``InertObject``, what is endless is cut."""
+        self._count("an attribute", 0)
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Reference):
+            return InertObject(value.name)
+        if isinstance(value, Tensor):
+            return InertObject("torch.Tensor", {"dtype": value.dtype, "shape": value.shape})
+        if isinstance(value, Foreign):
+            if value.cls in ("builtins.set", "builtins.frozenset"):
+                return self._plain(tuple(value.elements), depth)
+            if depth >= _DEEPEST or is_module(value):
+                return InertObject(value.cls)
+            state = value.attributes() or ({"args": value.args} if value.args else {})
+            return InertObject(
+                value.cls, {name: self._plain(item, depth + 1) for name, item in state.items()}
+            )
+        if isinstance(value, dict | list | tuple):
+            if depth >= _DEEPEST or len(value) > _LONGEST:
+                return InertObject(f"builtins.{type(value).__name__}", {"length": len(value)})
+            if isinstance(value, dict):
+                items = ((name, item) for name, item in value.items() if isinstance(name, str | int))
+                return {name: self._plain(item, depth + 1) for name, item in items}
+            return type(value)(self._plain(item, depth + 1) for item in value)
+        return InertObject(f"{type(value).__module__}.{type(value).__qualname__}")
 
     def _add(self, name: str, tensor: Tensor) -> str:
         key, number = name, 1
@@ -121,32 +148,6 @@ class Collector:
         self._visited += 1
         self._limits.check("names", self._visited, f"{self._what}: the number of parts")
         self._limits.check("depth", depth, f"{self._what}: the depth of {where[:60]!r}")
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """Return an attribute as plain data: placeholders become ``InertObject``, what is endless is cut."""
-    if value is None or isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, Reference):
-        return InertObject(value.name)
-    if isinstance(value, Tensor):
-        return InertObject("torch.Tensor", {"dtype": value.dtype, "shape": value.shape})
-    if isinstance(value, Foreign):
-        if value.cls in ("builtins.set", "builtins.frozenset"):
-            return _plain(tuple(value.elements), depth)
-        if depth >= _DEEPEST or is_module(value):
-            return InertObject(value.cls)
-        state = value.attributes() or ({"args": value.args} if value.args else {})
-        return InertObject(value.cls, {name: _plain(item, depth + 1) for name, item in state.items()})
-    if isinstance(value, dict | list | tuple):
-        if depth >= _DEEPEST or len(value) > _LONGEST:
-            return InertObject(f"builtins.{type(value).__name__}", {"length": len(value)})
-        if isinstance(value, dict):
-            return {
-                name: _plain(item, depth + 1) for name, item in value.items() if isinstance(name, str | int)
-            }
-        return type(value)(_plain(item, depth + 1) for item in value)
-    return InertObject(f"{type(value).__module__}.{type(value).__qualname__}")
 
 
 def scalars(node: Any) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from spectool.errors import CorruptFile
 
 #: Top-level fields of a ModelProto by wire type: 0 is a number, 2 is a block of bytes.
 _FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
-_VERSION_FIELD, _GRAPH_FIELD = 1, 7
+_VERSION_FIELD, _GRAPH_FIELD, _OPSETS_FIELD = 1, 7, 8
+_MOST_FIELD = 1000
 
 
 def is_onnx(source: Source) -> bool:
     """Tell whether the bytes are laid out like an ONNX model, without parsing it.
 
-    Walks the top-level fields by their lengths: all must be fields of a model, a version and a graph among them.
+    Walks the top-level fields by their lengths: the known ones must have the type that a model gives them, a version
+    and a graph must be among them. Fields of later ONNX versions may be there too.
 
     Raises:
         CorruptFile: If everything fits but the graph ends after the file.
@@ -24,10 +26,12 @@ def is_onnx(source: Source) -> bool:
         head = source.read(position, min(20, source.size - position))
         tag, used = _varint(head)
         number, wire = tag >> 3, tag & 7
-        if used == 0 or _FIELDS.get(number) != wire or (not seen and number not in (1, 2, 8)):
-            return False
         value, more = _varint(head[used:])
-        if more == 0 or (number == _VERSION_FIELD and not 1 <= value <= 1000):
+        if used == 0 or more == 0 or wire not in (0, 2) or not 1 <= number <= _MOST_FIELD:
+            return False
+        if _FIELDS.get(number, wire) != wire or (number == _VERSION_FIELD and not 1 <= value <= 1000):
+            return False
+        if not seen and number not in (_VERSION_FIELD, 2, _OPSETS_FIELD):
             return False
         position += used + more + (value if wire == 2 else 0)
         seen.add(number)

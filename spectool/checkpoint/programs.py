@@ -55,7 +55,7 @@ def script_program(archive: Archive, limits: Limits, keys: Collection[str]) -> S
     root = convert(unpickle_record(archive, "data.pkl", limits), "", 0)
     if not isinstance(root, ScriptObject):
         return None
-    constants = []
+    constants: list[str] = []
     while f"CONSTANTS.c{len(constants)}" in keys:
         constants.append(f"CONSTANTS.c{len(constants)}")
     return ScriptProgram(root, code, tuple(constants))

@@ -54,7 +54,7 @@ def picked(indices: np.ndarray) -> np.ndarray:
     """Return the flat indices that are no constants'; empty if one of them occurs twice."""
     import numpy as np
 
-    flat = indices[indices != CONSTANT]
+    flat: np.ndarray = indices[indices != CONSTANT]
     return flat if np.unique(flat).size == flat.size else flat[:0]
 
 

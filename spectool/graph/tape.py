@@ -143,7 +143,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the arguments that a call writes to."""
-    found = []
+    found: list[Tensor] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -185,8 +185,10 @@ class _Pads(TorchFunctionMode):
 def _inner(tensor: Tensor) -> Tensor:
     """Return the tensor inside a functionalised one."""
     if torch._is_functional_tensor(tensor):
-        torch._sync(tensor)
-        return torch._from_functional_tensor(tensor)
+        functional: Any = torch
+        functional._sync(tensor)
+        inner: Tensor = functional._from_functional_tensor(tensor)
+        return inner
     return tensor
 
 

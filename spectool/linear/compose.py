@@ -123,7 +123,7 @@ class Composed:
                 raise OperatorError(
                     f"maps do not chain: one gives {right.out_shape}, the next takes {left.in_shape}"
                 )
-            if left.dtype != right.dtype or left.device != right.device:
+            if left.dtype != right.dtype or not _same_device(left.device, right.device):
                 raise OperatorError(
                     f"maps do not chain: one works in {right.dtype} on {right.device}, "
                     f"the next in {left.dtype} on {left.device}"
@@ -192,6 +192,14 @@ class Reshaped:
             self.inner.to(dtype=dtype, device=device), in_shape=self.in_shape, out_shape=self.out_shape
         )
 
+    def normal_matvec(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply AᵀA, in one pass where A can."""
+        return _normal(self.inner, x.reshape(-1, *self.inner.in_shape)).reshape(x.shape)
+
+    def conormal_matvec(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply AAᵀ, in one pass where A can."""
+        return _conormal(self.inner, y.reshape(-1, *self.inner.out_shape)).reshape(y.shape)
+
 
 class Recast:
     """A with vectors in ``dtype`` while A itself computes in its own type.
@@ -219,6 +227,10 @@ class Recast:
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Recast:
         """Return the map with vectors in ``dtype``; A follows as far as it can."""
         return Recast(self.inner.to(dtype=dtype, device=device), dtype or self.dtype)
+
+
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
 
 
 def _normal(A: LinearMap, x: torch.Tensor) -> torch.Tensor:

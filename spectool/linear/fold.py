@@ -9,6 +9,7 @@ from spectool.linear.conv import ConvMap
 from spectool.linear.diagonal import DiagonalMap
 from spectool.linear.matrix import MatrixMap
 from spectool.linear.protocol import LinearMap
+from spectool.linear.scaling import to_double
 
 _LARGEST = 1 << 24  # entries of a matrix that is still copied in float64 to absorb a diagonal
 
@@ -42,7 +43,7 @@ def _merge(left: LinearMap, right: LinearMap) -> LinearMap | None:
     """Return the product of two neighbours as one map of a known kind, or None."""
     if isinstance(left, DiagonalMap) and isinstance(right, DiagonalMap):
         shape = left.in_shape
-        scale = left.full_scale().double() * right.full_scale().double()
+        scale = to_double(left.full_scale()) * to_double(right.full_scale())
         if left.per_channel and right.per_channel:
             return DiagonalMap(scale.reshape(shape[0], -1)[:, 0], shape, dtype=left.dtype, device=left.device)
         return DiagonalMap(scale.expand(shape), shape, dtype=left.dtype, device=left.device)
@@ -56,12 +57,13 @@ def _merge(left: LinearMap, right: LinearMap) -> LinearMap | None:
 def _scale(A: LinearMap, scale: torch.Tensor, *, outputs: bool) -> LinearMap | None:
     """Return A with its output (or input) channels multiplied by ``scale``."""
     if isinstance(A, MatrixMap) and A.weight.numel() <= _LARGEST:
-        factor = scale.to(A.device).double()
-        weight = A.weight.double() * (factor[:, None] if outputs else factor)
+        weight = to_double(A.weight)
+        factor = scale.to(weight.device).double()
+        weight = weight * (factor[:, None] if outputs else factor)
         return MatrixMap(weight, dtype=A.dtype, device=A.device)
     if isinstance(A, ConvMap):
         groups = A.geometry.groups
-        weight = A.weight.double()
+        weight = to_double(A.weight)
         factor = scale.to(weight.device).double()
         # The first axis of a stored weight runs over all outputs (all inputs if transposed), group by group; the
         # second over one group's inputs (outputs).

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from spectool.errors import OperatorError
+from spectool.linear.scaling import to_double
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Push = Callable[[torch.Tensor], torch.Tensor]
@@ -120,8 +121,8 @@ class FunctionMap:
         x = x.to(self.dtype).to(self.device)
         with torch.no_grad():
             step = self._frozen(x.clone()) - self._frozen(self._zeros(1))
-            defect = (step - self.matvec(x)).double().flatten(1).norm(dim=1)
-        size = step.double().flatten(1).norm(dim=1)
+            defect = to_double(step - self.matvec(x)).flatten(1).norm(dim=1)
+        size = to_double(step).flatten(1).norm(dim=1)
         return float((defect / torch.where(size > 0, size, 1)).max())
 
     def all_finite(self) -> bool:

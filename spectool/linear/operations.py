@@ -10,7 +10,7 @@ import torch
 from spectool.linear.compose import Adjoint, Composed, Recast, Reshaped, Scaled, adjoint
 from spectool.linear.fold import fold
 from spectool.linear.protocol import LinearMap
-from spectool.linear.scaling import power_below
+from spectool.linear.scaling import power_below, to_double
 
 _BATCH_ENTRIES = 1 << 22  # entries of a batch of vectors, in and out together: 32 MB in float64
 
@@ -124,7 +124,7 @@ def prescale(A: LinearMap) -> tuple[LinearMap, float]:
         scaled, factor = own()
         return scaled, float(factor)
     x = _random(A.in_shape, A, seed=0)
-    gain = float(A.matvec(x).double().norm() / x.double().norm())
+    gain = float(to_double(A.matvec(x)).norm() / to_double(x).norm())
     factor = power_below(gain)
     return (A, 1.0) if factor == 1.0 else (Scaled(A, 1 / factor), factor)
 
@@ -147,7 +147,8 @@ def to_dense(A: LinearMap, *, dtype: torch.dtype = torch.float64) -> torch.Tenso
         >>> to_dense(DiagonalMap(torch.tensor([2.0, 3.0]), (2,))).tolist()
         [[2.0, 0.0], [0.0, 3.0]]
     """
-    A = A.to(dtype=dtype)
+    on_cpu = A.device.type == "mps" and dtype == torch.float64  # which has no float64
+    A = A.to(dtype=dtype, device="cpu" if on_cpu else None)
     m, n = size(A)
     by_columns = n <= m
     count = min(m, n)

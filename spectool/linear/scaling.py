@@ -23,15 +23,20 @@ def check_real(weight: torch.Tensor) -> None:
         raise OperatorError(f"weights of type {weight.dtype} are complex, which is out of scope")
 
 
+def to_double(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on the CPU if its device (MPS) has no such type."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield float64 copies of slabs along the first axis that together cover ``weight``, one at a time."""
     weight = weight.detach()
     if weight.numel() <= _CHUNK or weight.ndim == 0:
-        yield weight.double()
+        yield to_double(weight)
         return
     rows = max(1, _CHUNK * weight.shape[0] // weight.numel())
     for start in range(0, weight.shape[0], rows):
-        yield weight[start : start + rows].double()  # a slice is a view whatever the strides
+        yield to_double(weight[start : start + rows])  # a slice is a view whatever the strides
 
 
 def _extremes(weight: torch.Tensor) -> tuple[float, float]:
@@ -80,7 +85,7 @@ def scaled_weight(weight: torch.Tensor, factor: float) -> torch.Tensor:
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # In two steps: some devices multiply by 1/factor, which can overflow where the quotient does not.
     root = math.ldexp(1.0, (math.frexp(factor)[1] - 1) // 2)
-    return (weight.double() / root / (factor / root)).to(stored)
+    return (to_double(weight) / root / (factor / root)).to(stored)
 
 
 def frobenius(weight: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,14 @@ def thin_product(A: Composed, k: int) -> Solved | None:
     norms = prod(float(torch.linalg.vector_norm(_factor(part).double())) for part in A.maps)
     rounding = 8 * EPS * (m + n + sum(inner)) * norms
     levels = matrix_levels(core, k)
-    wide = Levels(levels.values, (levels.lower - rounding).clip(min=0), levels.upper + rounding, levels.count)
+    # The rank bounds how many are not zero; listing the zeros makes the spectrum complete.
+    zeros = min(m, n) - int(levels.count.sum())
+    wide = Levels(
+        np.append(levels.values, 0.0),
+        np.append((levels.lower - rounding).clip(min=0), 0.0),
+        np.append(levels.upper + rounding, 0.0),
+        np.append(levels.count, zeros),
+    )
     return Solved(wide, "exact:low-rank", f"a product of rank {rank} at most: QR of its factors")
 
 

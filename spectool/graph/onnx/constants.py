@@ -90,7 +90,7 @@ class Constants:
                     f"{self.checkpoint.path}: tensor {key!r} has other bytes than its shape says ({error})"
                 ) from error
 
-        self._put(name, Constant(shape, dtype_name(tensor.data_type), (key,), read))
+        self._put(name, Constant(shape, dtype_name(tensor.data_type), (key,), read, key))
 
     def store_array(self, name: str, value: Array, key: str) -> None:
         """Add a tensor of the file that is not written as a plain tensor."""
@@ -106,6 +106,7 @@ class Constants:
             array.dtype.name,
             origins,
             lambda: array,
+            origins[0] if origins else name,
             value=array if array.size <= SMALL else None,
         )
 
@@ -114,7 +115,9 @@ class Constants:
     ) -> None:
         """Add a constant that ``read`` computes from ``sources`` when it is asked for."""
         depth = 1 + max((self.table[source].depth for source in sources), default=0)
-        self._put(name, Constant(shape, dtype, self._origins(sources), read, depth))
+        self._put(
+            name, Constant(shape, dtype, self._origins(sources), read, self._label(name, sources), depth)
+        )
 
     def fold(
         self, node: Any, inputs: Sequence[str], outputs: Sequence[str], types: Sequence[tuple[str, Any]]
@@ -148,14 +151,14 @@ class Constants:
                 if output:
                     self.put(output, result, self._origins(sources))
                     self.table[output].depth = depth if result.size > SMALL else 0
-                    self.table[output].node = (node, tuple(inputs), index)
+                    self._made_by(output, node, inputs, index)
             return True
         if not known:
             return False
         for index, (output, (dtype, shape)) in enumerate(zip(outputs, types, strict=True)):
             if output:
                 self.compute(output, sources, tuple(shape), dtype, self._later(node, tuple(inputs), index))
-                self.table[output].node = (node, tuple(inputs), index)
+                self._made_by(output, node, inputs, index)
         return True
 
     def value(self, name: str) -> Array:
@@ -238,6 +241,22 @@ class Constants:
         self.table[name] = constant
         if constant.numel <= SMALL and not constant.depth:
             constant.value = constant.read()
+
+    def _made_by(self, name: str, node: Any, inputs: Sequence[str], index: int) -> None:
+        """Note the node that computed a constant, and what the constant is called for it."""
+        constant = self.table[name]
+        constant.node = (node, tuple(inputs), index)
+        sources = [source for source in inputs if source]
+        labels = {self.table[source].label for source in sources if self.table[source].origins}
+        # A concatenation of several tensors is none of them.
+        constant.label = name if node.op_type == "Concat" and len(labels) > 1 else self._label(name, sources)
+
+    def _label(self, name: str, sources: Sequence[str]) -> str:
+        """Return the label of the source that holds the first of the origins, else the constant's own name."""
+        first = next(iter(self._origins(sources)), None)
+        return next(
+            (self.table[source].label for source in sources if first in self.table[source].origins), name
+        )
 
     def _later(self, node: Any, inputs: tuple[str, ...], index: int) -> Callable[[], Array]:
         def read() -> Array:

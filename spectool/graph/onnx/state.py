@@ -135,7 +135,7 @@ class State:
         """Return what a constant is called in a row key."""
         if name in self.labels:
             return self.labels[name]
-        return next(iter(self.constants[name].origins), name)
+        return self.constants[name].label
 
     def stored(self, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
         """Return the stored tensors behind some constants and their shapes."""

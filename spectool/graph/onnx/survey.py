@@ -106,7 +106,7 @@ def _survey(
     known = Known(
         load=state.constants.load,
         rules=ONNX_RULES,
-        labels=state.labels,
+        labels={**{name: item.label for name, item in state.constants.table.items()}, **state.labels},
         assumed=state.assumed,
         extras={name: tuple(items) for name, items in state.extras.items()},
         move=_mover(state),
