@@ -178,6 +178,18 @@ def test_attributes_of_a_module_do_not_multiply_either(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.pt", limits=Limits(names=20_000))
 
 
+def test_a_set_that_holds_itself(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2, bias=False)
+    net.ring = "RING"
+    torch.save(net, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        data, storage = archive.read("x/data.pkl"), archive.read("x/data/0")
+    text = b"X\4\0\0\0RING"
+    assert data.count(text) == 1
+    ring = b"\x8fr\0\1\0\0(j\0\1\0\0\x90"
+    assert_equals(zipped(tmp_path / "y.pt", data.replace(text, ring), {"0": storage}), dict(net.state_dict()))
+
+
 def test_depth_of_a_nest(tmp_path: Path) -> None:
     content: Any = {"w": values((2, 2))}
     for _ in range(101):

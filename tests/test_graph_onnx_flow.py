@@ -150,16 +150,18 @@ def test_functions_of_the_model_are_inlined(tmp_path: Path) -> None:
 
 
 def fused_attention() -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """A projection to query, key and value, split per head; the query is scaled."""
+    """A gain and a projection to query, key and value, split per head; the query is scaled."""
     tensors = {
         "W": weights(8, 24),
+        "gain": weights(8),
         "bias": weights(24),
         "heads": np.array([1, 5, 3, 2, 4]),
         "half": np.array(0.5, np.float32),
         **{f"i{index}": np.array(index) for index in range(3)},
     }
     nodes = [
-        node("MatMul", "x W", "m"),
+        node("Mul", "x gain", "g"),
+        node("MatMul", "g W", "m"),
         node("Add", "bias m", "b"),
         node("Reshape", "b heads", "r"),
         node("Transpose", "r", "t", perm=[2, 0, 3, 1, 4]),
@@ -180,17 +182,17 @@ def test_a_fused_projection_gives_three_parts(tmp_path: Path) -> None:
     survey = survey_of(proto, tmp_path)
     assert summary(survey) == [
         ("W", "linear", False),
-        ("W[:,0:8]", "linear+scale", True),
-        ("W[:,8:16]", "linear", True),
-        ("W[:,16:24]", "linear", True),
+        ("gain + W[:,0:8]", "scale+linear+scale", True),
+        ("gain + W[:,8:16]", "scale+linear", True),
+        ("gain + W[:,16:24]", "scale+linear", True),
     ]
     for key, value, factor, columns in (
-        ("W[:,0:8]", "q", 0.5, slice(0, 8)),
-        ("W[:,8:16]", "k", 1.0, slice(8, 16)),
-        ("W[:,16:24]", "v", 1.0, slice(16, 24)),
+        ("gain + W[:,0:8]", "q", 0.5, slice(0, 8)),
+        ("gain + W[:,8:16]", "k", 1.0, slice(8, 16)),
+        ("gain + W[:,16:24]", "v", 1.0, slice(16, 24)),
     ):
         matrix = dense(region(survey, key), survey)
-        np.testing.assert_allclose(matrix, factor * tensors["W"][:, columns].T, rtol=1e-6)
+        np.testing.assert_allclose(matrix, factor * tensors["W"][:, columns].T * tensors["gain"], rtol=1e-6)
         # Over five positions ONNX Runtime sees five copies of each value.
         copy = onnx.ModelProto()
         copy.CopyFrom(proto)

@@ -354,3 +354,21 @@ def test_dropout_in_training_is_a_boundary(tmp_path: Path) -> None:
         nodes = [node("MatMul", "x w", "h"), node("Dropout", inputs, "d"), node("MatMul", "d v", "y")]
         survey = survey_of(model(graph(nodes, {"x": (1, 4)}, "y", tensors)), tmp_path)
         assert len(survey.items) == regions
+
+
+def test_tied_tensors_go_by_the_first_name(tmp_path: Path) -> None:
+    """Two initializers that are the same bytes of a data file."""
+    matrix = weights(4, 4)
+    (tmp_path / "net.data").write_bytes(matrix.tobytes())
+    body = graph(
+        [node("MatMul", "x a", "h"), node("Tanh", "h", "t"), node("MatMul", "t b", "y")], {"x": (1, 4)}, "y"
+    )
+    for name in ("a", "b"):
+        tensor = TensorProto(name=name, data_type=FLOAT, dims=(4, 4), data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", "net.data"), ("offset", "0"), ("length", str(matrix.nbytes))):
+            tensor.external_data.add(key=key, value=value)
+        body.initializer.append(tensor)
+    survey = survey_of(model(body), tmp_path)
+    assert summary(survey) == [("a", "linear", True), ("a#2", "linear", True)]
+    assert {item.note for item in survey.items if isinstance(item, Region)} == {"tied with b"}
+    np.testing.assert_array_equal(dense(region(survey, "a#2"), survey), matrix.T.astype(float))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import spectool
 from spectool import Report
@@ -25,6 +27,15 @@ def answers(name: str) -> dict[tuple[str, str], dict[str, Any]]:
         layer = " + ".join(prefix + key for key in row["layer"].split(" + "))
         keyed[layer, row["level"]] = {**row, "matrices": [prefix + key for key in row["matrices"]]}
     return keyed
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: two of them waiting for a busy core took 111 s where one took 8 s."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @cache

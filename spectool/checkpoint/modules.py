@@ -117,7 +117,7 @@ class Collector:
             return InertObject("torch.Tensor", {"dtype": value.dtype, "shape": value.shape})
         if isinstance(value, Foreign):
             if value.cls in ("builtins.set", "builtins.frozenset"):
-                return self._plain(tuple(value.elements), depth)
+                return self._plain(tuple(value.elements), depth + 1)
             if depth >= _DEEPEST or is_module(value):
                 return InertObject(value.cls)
             state = value.attributes() or ({"args": value.args} if value.args else {})

@@ -24,14 +24,23 @@ def script_program(archive: Archive, limits: Limits, keys: Collection[str]) -> S
         keys: Checkpoint keys that have been bound to tensors.
     """
     code = {}
+    total = 0
     for name in archive.records:
         if name.startswith("code/") and name.endswith(".py"):
-            code[name.removeprefix("code/")] = archive.read(name, "header_bytes").decode("utf-8", "replace")
+            text = archive.read(name, "header_bytes")
+            total += len(text)
+            limits.check("header_bytes", total, f"{archive.source.path}: its code")
+            code[name.removeprefix("code/")] = text.decode("utf-8", "replace")
     if not code or "data.pkl" not in archive:
         return None
     made: dict[int, ScriptObject] = {}
+    visited = 0
 
     def convert(value: Any, path: str, depth: int) -> Any:
+        nonlocal visited
+        visited += 1
+        # Containers that share their contents can unfold without end.
+        limits.check("names", visited, f"{archive.source.path}: its objects")
         limits.check("depth", depth, f"{archive.source.path}: nesting of its objects")
         if isinstance(value, Tensor):
             return StoredTensor(path) if path in keys else None

@@ -78,6 +78,7 @@ class Constants:
     def store(self, name: str, tensor: Any, key: str) -> None:
         """Add a tensor of the file under a unique name; ``key`` is what the checkpoint calls it."""
         shape = tuple(tensor.dims)
+        key = self.checkpoint.aliases.get(key, key)  # tied tensors go by the first name
         self.stored_shapes[key] = shape
 
         def read() -> Array:

@@ -75,7 +75,7 @@ def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]]
         found, _ = survey({name: ones(shape) for name, shape in resolved.items()})
         taken = f"open sizes of {', '.join(still_open)} are taken as 1: give --input for other ones"
         found = replace(found, notes=(*found.notes, taken))
-    return replace(found, items=tuple(_explained(item) for item in found.items))
+    return replace(found, items=tuple(_tied(_explained(item), checkpoint) for item in found.items))
 
 
 def _survey(
@@ -225,3 +225,11 @@ def _explained(item: Region | Skipped) -> Region | Skipped:
         return replace(item, in_shape=None, out_shape=None, assumed=(*item.assumed, "infinite grid"))
     reason = "its input size cannot be inferred"
     return Skipped(item.key, item.kind, item.weights, item.weight_shapes, reason, operators=item.operators)
+
+
+def _tied(item: Region | Skipped, checkpoint: Checkpoint) -> Region | Skipped:
+    """Name the tensors that share their bytes with those of a stored operator."""
+    if isinstance(item, Skipped) or item.level != "layer":
+        return item
+    others = [name for name, first in checkpoint.aliases.items() if first in item.weights and name != first]
+    return replace(item, note=f"tied with {', '.join(others)}") if others else item
