@@ -245,6 +245,34 @@ def test_supremum_stops_at_its_effort_with_a_valid_interval() -> None:
     assert tight.lower <= early.upper <= 1.3 * tight.upper
 
 
+@pytest.mark.parametrize("k", range(2, 16))
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_unrefined_bound_holds_for_extremal_kernels(k: int, sign: float) -> None:
+    """|1 ± e^{i(k−1)θ}| attains the grid inequality: with a degree or a cell a little off, the bound fails."""
+    taps = torch.zeros(1, 1, k)
+    taps[..., 0], taps[..., -1] = 1.0, sign
+    for channels in (1, LARGE_SIDE):
+        weight = taps * torch.eye(channels)[:, :, None]
+        first = enclose_supremum(weight, geometry(1), tol=1e-9, effort=0.0)
+        assert first.upper >= 2.0
+        plane = enclose_supremum(weight[..., None] * taps[0, 0], geometry(2), tol=1e-9, effort=0.0)
+        assert plane.upper >= 4.0
+        assert first.lower <= 2.0 * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("k", [3, 5, 9, 15, 16])
+def test_unrefined_bound_holds_for_narrow_peaks(k: int) -> None:
+    """A wave cut to k taps has a peak 2π/k wide at its frequency, wherever that lies between the samples."""
+    for angle in np.linspace(0.05, 3.1, 40):
+        taps = torch.from_numpy(np.cos(angle * np.arange(k)))
+        sampled = float(np.abs(np.fft.fft(taps.numpy(), 1 << 13)).max())
+        first = enclose_supremum(taps[None, None], geometry(1), tol=1e-9, effort=0.0)
+        assert first.upper >= sampled
+        if k <= 5:
+            square = (taps[:, None] * taps)[None, None]
+            assert enclose_supremum(square, geometry(2), tol=1e-9, effort=0.0).upper >= sampled**2
+
+
 def test_many_channels_end_within_seconds() -> None:
     start = time.process_time()
     found = supremum(InfiniteConv(gaussian(512, 512, 3, 3), geometry(2)))

@@ -64,7 +64,8 @@ def next_step(report: Report, target: Target) -> str:
     if failed:
         return f"{_rows(failed)} failed: the note column says why"
     if anywhere:
-        return f"{_rows(anywhere)} bounded for every input size: an ONNX export of the model gives exact ones"
+        way = "--input" if report.format == "onnx" else "--arch with --input, or an ONNX or .pt2 export,"
+        return f"{_rows(anywhere)} bounded for every input size: {way} gives exact ones"
     if report.coverage[2] and target.format != TABLE:
         return "the note column says why operators were skipped"
     if target.format == TABLE and target.path is None and report.path:

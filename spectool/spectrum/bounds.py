@@ -7,7 +7,18 @@ from math import prod
 
 import numpy as np
 
-from spectool.linear import Adjoint, Composed, ConvMap, LinearMap, MatrixMap, Reshaped, Scaled, fold
+from spectool.linear import (
+    Adjoint,
+    Composed,
+    ConvMap,
+    DiagonalMap,
+    LinearMap,
+    MatrixMap,
+    Reshaped,
+    Scaled,
+    SeparableMap,
+    fold,
+)
 from spectool.spectrum.any_size import any_size
 from spectool.spectrum.cholesky import LARGEST_SIDE, proven_bound
 from spectool.spectrum.dense import matrix_levels
@@ -80,7 +91,7 @@ def cost(A: LinearMap) -> float:
         return np.inf if short > LARGEST_SIDE else 2.0 * m * n * short + short**3 / 3
     if isinstance(A, Composed):
         return sum(cost(part) for part in A.maps)
-    return np.inf
+    return 0.0 if isinstance(A, (DiagonalMap, SeparableMap)) else np.inf
 
 
 def _work(whole: Stencil) -> float:

@@ -126,7 +126,7 @@ def _convolution(A: ConvMap, k: int) -> Solved | None:
         return circular
     parts = parts_of(A)
     if not parts and not is_copying(A):
-        return Solved(Levels.nothing(), "exact:non-overlapping", "no tap reads a pixel")
+        return Solved(Levels.nothing(), "exact:zero", "every tap that reads a pixel is zero")
     return solve_parts(parts, k)
 
 

@@ -27,9 +27,6 @@ _MOST_ITERATIVE = 6  # blocks that are worth a solver run of their own
 _PLAIN_WORK = 2e9  # flops below which all blocks are simply factorised
 
 
-# --- solving ------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Union:
     """What is known of the whole so far."""
@@ -53,7 +50,7 @@ def solve_parts(
     """Return the k largest singular values of the union of ``parts``, or None where that is not worth it.
 
     Small blocks are factorised, products of one-dimensional kernels taken apart, the rest is given to
-    ``iterate``.
+    ``iterate`` (at most six runs; each adds its own 1e-9 to the probability that a probabilistic bound fails).
 
     Args:
         parts: From ``parts_of``.

@@ -13,13 +13,14 @@ from spectool.linear import Adjoint, Composed, ConvMap, LinearMap, MatrixMap, Re
 from spectool.spectrum import probabilistic
 from spectool.spectrum.bounds import cost, deterministic
 from spectool.spectrum.dense import Solved, on_host
-from spectool.spectrum.levels import EPS, Floats, Levels
+from spectool.spectrum.levels import Floats, Levels
 from spectool.spectrum.types import Spectrum, UpperKind
 
 if TYPE_CHECKING:
     from spectool.progress import Progress
     from spectool.spectrum.estimate import Estimate
 
+_SUM_ERROR = 1e-11  # relative rounding of a Frobenius norm's square, generously
 _SHARE = 0.25  # flops of a bound count about four times those of a convolution: small batched factorisations
 
 
@@ -130,7 +131,7 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
     upper = np.maximum(upper, lower)
     values = np.clip(values, lower, upper)
     multiplicity = solved.multiplicity or solved.levels.multiplicity()
-    if values[0] == 0.0:
+    if upper[0] == 0.0:
         note, multiplicity = _join(note, "zero operator"), min(size(A))
     return Spectrum(
         values=tuple(values.tolist()),
@@ -155,8 +156,8 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
 def _room(lower: Floats, fro: float, first: float) -> Floats:
     """Bound σ_i for i ≥ 2 by what ‖A‖_F² leaves: i·σ_i² ≤ ‖A‖_F², and σ_i² ≤ ‖A‖_F² − Σ_{j<i} σ_j²."""
     index = np.arange(1, len(lower) + 1)
-    square = (fro * (1 + 64 * EPS)) ** 2
-    before = np.concatenate([[0.0], np.cumsum(lower**2)[:-1]]) * (1 - 64 * EPS)
+    square = fro**2 * (1 + _SUM_ERROR)
+    before = np.concatenate([[0.0], np.cumsum(lower**2)[:-1]]) * (1 - _SUM_ERROR)
     room: Floats = np.sqrt(np.minimum(square / index, np.maximum(square - before, 0.0)))
     room[0] = max(first, 0.0) if isfinite(first) else inf
     return room

@@ -108,7 +108,7 @@ def _solve(A: LinearMap, task: Task) -> Solved:
         return _with_vectors(A, task) if task.vectors else _automatic(A, task)
     if task.method == "exact":
         return _exactly(A, task)
-    return _iterative(A, task, task.k, method=task.method, why="asked for")
+    return _iterative(A, task, method=task.method, why="asked for")
 
 
 def _automatic(A: LinearMap, task: Task) -> Solved:
@@ -125,9 +125,7 @@ def _automatic(A: LinearMap, task: Task) -> Solved:
     if conv is not None and not is_trivial(parts, conv):
 
         def iterate(part: LinearMap, wanted: int) -> Solved:
-            if affordable(part, work(part)):
-                return dense(part, wanted)
-            run = _iterative(part, task, wanted, method="lanczos", why="", spent=spent[0])
+            run = _automatic(part, replace(task, k=wanted, max_matvecs=_left(task, spent[0])))
             spent[0] += run.matvecs
             return run
 
@@ -138,7 +136,8 @@ def _automatic(A: LinearMap, task: Task) -> Solved:
         return dense(A, k)
     m, n = size(A)
     why = f"{m} × {n} without a structure that is known"
-    whole = _iterative(A, task, k, method="lanczos", why=why, spent=spent[0])
+    task = replace(task, max_matvecs=_left(task, spent[0]))
+    whole = _iterative(A, task, method="lanczos", why=why)
     return replace(whole, matvecs=whole.matvecs + spent[0])
 
 
@@ -166,19 +165,23 @@ def _with_vectors(A: LinearMap, task: Task) -> Solved:
     if affordable(A, work(A)):
         return dense(A, task.k, vectors=True)
     m, n = size(A)
-    solved = _iterative(A, task, task.k, method="lanczos", why=f"vectors of a {m} × {n} operator")
+    solved = _iterative(A, task, method="lanczos", why=f"vectors of a {m} × {n} operator")
     theorem = closed_form(on_host(fold(A)), task.k)
     return solved if theorem is None else with_levels(solved, theorem)
 
 
-def _iterative(A: LinearMap, task: Task, k: int, *, method: str, why: str, spent: int = 0) -> Solved:
-    budget = None if task.max_matvecs is None else max(1, task.max_matvecs - spent)
+def _left(task: Task, spent: int) -> int | None:
+    """Return what is left of the cap on matvecs, at least 1."""
+    return None if task.max_matvecs is None else max(1, task.max_matvecs - spent)
+
+
+def _iterative(A: LinearMap, task: Task, *, method: str, why: str) -> Solved:
     estimate = _SOLVERS[method](
-        A, k, tol=task.tol, max_matvecs=budget, seed=task.seed, progress=task.progress
+        A, task.k, tol=task.tol, max_matvecs=task.max_matvecs, seed=task.seed, progress=task.progress
     )
     return iterated(
         A,
-        k,
+        task.k,
         estimate,
         method=method,
         why=why,

@@ -69,8 +69,12 @@ def survey_onnx(checkpoint: Checkpoint, *, inputs: Mapping[str, tuple[int, ...]]
     ]
     # Whether the open sizes are to blame shows when they are filled in.
     if unsized and still_open and (not inputs or set(survey(example_shapes(resolved))[1]) != set(unsized)):
-        raise missing_size(unsized[0], dims, resolved)
-    if still_open:
+        if inputs:
+            raise missing_size(unsized[0], dims, resolved)
+        # Nothing was said about sizes: what does not depend on them is exact, convolutions hold for any size.
+        missing = missing_size(unsized[0], dims, resolved)
+        found = replace(found, notes=(*found.notes, f"{missing}: {missing.hint}"))
+    elif still_open:
         # What is left does not change the size of any convolution: positions of a sequence, batches of states.
         found, _ = survey({name: ones(shape) for name, shape in resolved.items()})
         taken = f"open sizes of {', '.join(still_open)} are taken as 1: give --input for other ones"
