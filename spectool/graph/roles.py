@@ -120,7 +120,7 @@ class Context:
                 return rule.alone
             if rule.same is not None and self._keeps_shape(node, flowing[0]):
                 return rule.same
-        return "mix" if rule.spatial and not self._pools_positions(node) else rule.role
+        return "mix" if rule.spatial and not self._pools_positions(node, flowing) else rule.role
 
     def _keeps_shape(self, node: Node, name: str) -> bool:
         """Return whether the output has the shape of the one value that flows, open sizes included."""
@@ -138,9 +138,9 @@ class Context:
                     return False
         return True
 
-    def _pools_positions(self, node: Node) -> bool:
+    def _pools_positions(self, node: Node, flowing: Sequence[str]) -> bool:
         """Return whether a mean is taken over spatial axes and no others (a mean over channels is no pool)."""
-        before, after = self.shape(node.inputs[0]), self.shape(node.outputs[0])
+        before, after = self.shape(next(iter(flowing), "")), self.shape(node.outputs[0])
         if before is None or after is None or len(before) < 4 or before[:2] != after[:2]:
             return False
         return all(size == 1 for size in after[2:]) and len(after) in (2, len(before))

@@ -27,6 +27,22 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the inner products x yᵀ of rows, accumulated in float64 where the device has it, on the CPU."""
+    if x.device.type == "mps":
+        return (x @ y.T).cpu().double()
+    if len(x) == len(y) == 1:
+        # Sums of float32 products: no float64 copies of the rows.
+        return (x * y).sum(dim=1, keepdim=True, dtype=torch.float64).cpu()
+    return (x.double() @ y.double().T).cpu()
+
+
+def length(x: torch.Tensor) -> float:
+    """Return the norm of one row, accumulated in float64 where the device has it."""
+    dtype = None if x.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(x, dtype=dtype))
+
+
 class Gram:
     """B = f²·MᵀM on flat rows, M being A or Aᵀ (whichever has the smaller input) and f a power of two.
 
@@ -124,7 +140,9 @@ class Gram:
         largest = float(image.abs().max())
         if largest == 0.0 or not math.isfinite(largest):
             return largest
-        return largest * float(torch.linalg.vector_norm(image / largest) / torch.linalg.vector_norm(wide(probe)))
+        return largest * float(
+            torch.linalg.vector_norm(image / largest) / torch.linalg.vector_norm(wide(probe))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply f·M to rows ``(b, size)``; returns ``(b, other size)``. The factor goes first: no overflow."""

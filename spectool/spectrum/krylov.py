@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spectool.spectrum.gram import wide
+from spectool.spectrum.gram import inner, length, wide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,7 +51,8 @@ class Krylov:
         self.gram, self.known, self._source = gram, known, source
         self._block, self._largest = block, 0.0
         self._rows = torch.empty(capacity + block, gram.size, dtype=gram.dtype, device=gram.device)
-        self.T: NDArray[np.float64] = np.zeros((0, 0))
+        self._projection: NDArray[np.float64] = np.zeros((capacity + block, capacity + block))
+        self._size, self._coupled = 0, 0
         self.link: NDArray[np.float64] = np.zeros((0, 0))
         # For ``certificate``: Ritz values dropped at restarts, and the logarithm of the product of all β.
         self._shed: list[float] = []
@@ -63,7 +64,12 @@ class Krylov:
     @property
     def size(self) -> int:
         """Rows of Q."""
-        return int(self.T.shape[0])
+        return self._size
+
+    @property
+    def T(self) -> NDArray[np.float64]:
+        """Q B Qᵀ."""
+        return self._projection[: self._size, : self._size]
 
     @property
     def frontier(self) -> int:
@@ -75,19 +81,23 @@ class Krylov:
         old, b = self.size, self.frontier
         front = self._rows[old : old + b]
         w = self.gram(front)
-        self._largest = max(self._largest, float(torch.linalg.matrix_norm(w)))
         # The local recurrence first: components that are known are subtracted once, by their known size.
         # Right after a restart F couples to every row of Q, later only to the last block.
-        coupled = np.flatnonzero(np.any(self.link != 0.0, axis=0))
-        if len(coupled):
-            w -= self._tensor(self.link[:, coupled[0] :]) @ self._rows[coupled[0] : old]
-        alpha = wide(w) @ wide(front).T
-        w -= self.gram.take(alpha) @ front
-        T = np.zeros((old + b, old + b))
-        T[:old, :old] = self.T
-        T[old:, :old], T[:old, old:] = self.link, self.link.T
-        T[old:, old:] = 0.5 * (alpha + alpha.T).cpu().numpy()
-        self.T = T
+        if old - self._coupled == b == 1:
+            w.sub_(self._rows[old - 1 : old], alpha=float(self.link[0, -1]))
+        elif old > self._coupled:
+            w.addmm_(self._tensor(self.link[:, self._coupled :]), self._rows[self._coupled : old], alpha=-1)
+        alpha = inner(w, front)
+        if b == 1:
+            w.sub_(front, alpha=float(alpha))
+        else:
+            w.addmm_(self.gram.take(alpha), front, alpha=-1)
+        new = slice(old, old + b)
+        self._projection[new, :old], self._projection[:old, new] = self.link, self.link.T
+        self._projection[new, new] = 0.5 * (alpha + alpha.T).numpy()
+        self._size = old + b
+        reach = np.abs(self._projection[new, : old + b]).sum(axis=1).max()
+        self._largest = max(self._largest, float(reach))
         self._project(w)
         self._advance(w)
 
@@ -109,7 +119,8 @@ class Krylov:
         self._rows[keep : keep + b] = self._rows[old : old + b].clone()
         self._shed.extend(values[keep:].tolist())
         self.link = self.link @ coordinates[:, :keep]
-        self.T = np.diag(values[:keep])
+        self._projection[:keep, :keep] = np.diag(values[:keep])
+        self._size, self._coupled = keep, 0
 
     def vectors(self, coordinates: NDArray[np.float64]) -> torch.Tensor:
         """Return the rows with these coordinates (columns) in Q."""
@@ -122,6 +133,9 @@ class Krylov:
         used = self.size + self.frontier
         rows[:used] = self._rows[:used]
         self._rows = rows
+        projection = np.zeros((capacity + self._block, capacity + self._block))
+        projection[: self._size, : self._size] = self.T
+        self._projection = projection
 
     def certificate(self, values: NDArray[np.float64], level: float) -> float:
         """Return a bound on B's largest eigenvalue, or inf if blocks or refills spoil it. See ``probabilistic``.
@@ -169,9 +183,9 @@ class Krylov:
     def _pass(self, w: torch.Tensor, count: int) -> None:
         """Subtract once from ``w``, in place, its components in the first ``count`` rows and in K."""
         q = self._rows[:count]
-        w -= (w @ q.T) @ q
+        w.addmm_(w @ q.T, q, alpha=-1)
         if len(self.known):
-            w -= (w @ self.known.T) @ self.known
+            w.addmm_(w @ self.known.T, self.known, alpha=-1)
 
     def _advance(self, w: torch.Tensor) -> None:
         """Make rows ``w``, orthogonal to Q, into the next F; what vanishes is replaced by random rows."""
@@ -187,10 +201,10 @@ class Krylov:
                 c = v @ front.T
                 v = v - c @ front
                 weights[:count, i] += wide(c[0]).cpu().numpy()
-            norm = float(torch.linalg.vector_norm(wide(v)))
+            norm = length(v)
             if norm <= noise or count == want:
                 continue
-            self._rows[old + count] = v[0] / norm
+            torch.div(v[0], norm, out=self._rows[old + count])
             if norm < 1e-2 * self._largest:
                 self._clean(old + count)
             weights[count, i] = norm
@@ -202,6 +216,7 @@ class Krylov:
             self._rows[index] = self.gram.random(1, self._source)[0]
             self._clean(index)
         self.link = np.zeros((want, old))
+        self._coupled = old - b
         # At the very start there is nothing F could couple to.
         if old:
             self.link[:, old - b :] = weights

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spectool.spectrum.gram import wide
+from spectool.spectrum.gram import inner, length
 from spectool.spectrum.hochstenbach import Sturm, hochstenbach, log_inverse_delta
 from spectool.spectrum.polish import PROMISE, rounding_unit
 
@@ -86,10 +86,10 @@ def complement_run(
     for step in range(1, min(size, budget) + 1):
         # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
         w = gram(q)
-        w = w - (w @ vectors.T) @ vectors
-        alpha = _dot(q, w)
-        w = w - alpha * q - last * previous
-        beta = _dot(w, w) ** 0.5
+        w.addmm_(w @ vectors.T, vectors, alpha=-1)
+        alpha = float(inner(q, w))
+        w.sub_(q, alpha=alpha).sub_(previous, alpha=last)
+        beta = length(w)
         scale = max([alpha, *(a + b for a, b in zip(alphas, betas, strict=True))])
         noise = torch.finfo(gram.dtype).eps * scale
         alphas.append(alpha)
@@ -107,11 +107,6 @@ def complement_run(
         previous, q, last = q, w / beta, beta
     bound = hochstenbach(alphas, betas, level)
     return Check(bound, watch.passed, broke, len(alphas))
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Inner product of two rows, accumulated in float64."""
-    return float(torch.dot(wide(x).reshape(-1), wide(y).reshape(-1)))
 
 
 def bounded_run(

@@ -86,7 +86,7 @@ class Constants:
                 return _to_numpy(self.checkpoint.read(key))
             try:
                 return np.asarray(numpy_helper.to_array(tensor))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, KeyError) as error:
                 raise CorruptFile(
                     f"{self.checkpoint.path}: tensor {key!r} has other bytes than its shape says ({error})"
                 ) from error
@@ -240,7 +240,7 @@ class Constants:
 
     def _put(self, name: str, constant: Constant) -> None:
         self.table[name] = constant
-        if constant.numel <= SMALL and not constant.depth:
+        if constant.numel <= SMALL and not constant.depth and constant.dtype:
             constant.value = constant.read()
 
     def _made_by(self, name: str, node: Any, inputs: Sequence[str], index: int) -> None:
@@ -295,7 +295,10 @@ def dtype_name(element: int) -> str:
         return "" if element == TensorProto.UNDEFINED else "string"
     if element == TensorProto.BFLOAT16:
         return "bfloat16"
-    return str(np.dtype(helper.tensor_dtype_to_np_dtype(element)).name)
+    try:
+        return str(np.dtype(helper.tensor_dtype_to_np_dtype(element)).name)
+    except KeyError:  # a type that this version of onnx does not know
+        return ""
 
 
 _ELEMENTS: dict[str, int] = {

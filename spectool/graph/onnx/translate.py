@@ -73,6 +73,8 @@ def _conv(state: State, operation: Operation) -> None:
         reason = f"a convolution over {len(shape) - 2} axes is not supported"
     elif bias and not state.constant(bias):
         reason = "its bias is computed from data"
+    elif not _makes_sense(operation, shape):
+        reason = "its strides, dilations or groups make no sense"
     if reason:
         state.skip(operation, weight, kind, reason)
         state.emit(operation.boundary(reason))
@@ -88,6 +90,13 @@ def _conv(state: State, operation: Operation) -> None:
         state.emit(operation.boundary(reason))
         return
     state.emit(Node(operation.name, Conv(geometry), operation.inputs, operation.outputs))
+
+
+def _makes_sense(operation: Operation, weight: tuple[int, ...]) -> bool:
+    """Return whether a convolution can be applied at all."""
+    group = operation.attributes.get("group", 1)
+    steps = (*operation.attributes.get("strides", ()), *operation.attributes.get("dilations", ()), group)
+    return min(weight) > 0 and min(steps) > 0 and weight[0] % group == 0
 
 
 def _fused_conv(state: State, operation: Operation) -> None:

@@ -17,6 +17,8 @@ from spectool.graph.types import Node, Opaque, Value
 
 _DEEPEST_BODY = 64
 _GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+# What attributes of a wrong type, missing inputs and sizes that make no sense turn into.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _BRANCHES = {"then_branch": "then.", "else_branch": "else."}
 _CONSTANT_VALUES = ("value", "value_float", "value_floats", "value_int", "value_ints", "sparse_value")
 
@@ -62,7 +64,11 @@ class Walk:
             self.stored(proto, scope, prefix)
         stated = {value.name: value for value in (*proto.value_info, *proto.output)}
         for node in proto.node:
-            self._node(node, scope, stated, prefix, depth)
+            try:
+                self._node(node, scope, stated, prefix, depth)
+            except _MALFORMED as error:
+                what = f"{node.op_type} {node.name!r}"
+                raise GraphError(f"{what} is malformed ({type(error).__name__}: {error})") from error
         return [self._resolve(value.name, scope, "the graph's outputs") for value in proto.output]
 
     def stored(self, proto: GraphProto, scope: dict[str, str], prefix: str = "") -> None:
@@ -83,8 +89,10 @@ class Walk:
         tensors = self.state.constants.checkpoint.tensors
         return next((key for key in (f"{prefix}{raw}", raw) if key in tensors), f"{prefix}{raw}")
 
-    def unique(self, raw: str, prefix: str) -> str:
+    def unique(self, raw: str | bytes, prefix: str) -> str:
         """Return a name that is not in use yet, ``raw`` itself if possible."""
+        if isinstance(raw, bytes):  # what protobuf makes of a text that is none
+            raise GraphError(f"the name {raw[:40]!r} in the model is no text")
         name = raw
         if name in self.taken:
             name = f"{prefix}{raw}"
@@ -115,6 +123,8 @@ class Walk:
             self._if(node, inputs, scope, prefix, depth)
             return
         outputs = tuple(self.unique(raw, prefix) if raw else "" for raw in node.output)
+        if not any(outputs):
+            return
         if any(attribute.type in _GRAPHS for attribute in node.attribute):
             self._loop(node, inputs, outputs, scope, prefix, depth)
         elif not self._constant(node, inputs, outputs, prefix):
