@@ -15,16 +15,13 @@ must agree to 1e-11.
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +53,7 @@ from spectool.spectrum.probabilistic import enclose
 
 K = 8
 LADDER = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 QUICK = (
     "conv 3x3 s2 64-128 n16",
     "linear 1000x512 gaussian",
@@ -400,6 +398,10 @@ def main() -> None:
         "-o", "--output", type=Path, default=Path(__file__).parent / "results" / "solvers.json"
     )
     options = parser.parse_args()
+    if any(os.environ.get(name) != "1" for name in THREADS):
+        # SciPy's BLAS reads these once, when it is loaded.
+        environment = {**os.environ, **dict.fromkeys(THREADS, "1")}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     torch.set_num_threads(1)
     chosen = [op for op in operators() if not options.quick or op.name in QUICK]
     rows = []

@@ -304,7 +304,7 @@ def test_svds_encloses(operator: Drawn, k: int, certify: bool, vectors: bool) ->
     assert abs(spectrum.values[0] - sigma[0]) <= 1e-6 * sigma[0]
 
 
-@pytest.mark.parametrize("method", ["lanczos"])
+@pytest.mark.parametrize("method", ["lanczos", "power", "powerqr"])
 @drawn(60)
 @given(
     operator=st.one_of(convolutions(mode=None), matrices(), chains()),

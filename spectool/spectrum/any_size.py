@@ -63,8 +63,8 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
 
     ``values`` and ``lower`` come from the best frequency found, ``upper`` from the branch and bound. ``upper``
     holds for the convolution at every input size with this stride and any zero padding (with stride 1 here: for
-    every stride and dilation); ``lower`` only for the infinite grid. Costs no matvecs. Stops at about four
-    seconds of one core with whatever interval it has.
+    every stride and dilation); ``lower`` only for the infinite grid. Costs no matvecs. Stops after a few seconds
+    of one core with whatever interval it has (1024 channels that are all alike: 30 %, most others 1e-6).
 
     Args:
         conv: The convolution; with an unknown stride give stride 1.
@@ -73,6 +73,11 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     Raises:
         UsageError: If ``tol`` is not between 0 and 1.
         OperatorError: If weights are NaN or infinite.
+
+    Example:
+        >>> found = supremum(InfiniteConv(torch.tensor([[[1.0, -1.0]]]), ConvGeometry.plain(1)))
+        >>> round(found.lower[0], 5), round(found.upper[0], 5)
+        (2.0, 2.0)
     """
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise UsageError(f"tol must be between 0 and 1, got {tol!r}")
@@ -104,6 +109,11 @@ def any_size(weight: Tensor, geometry: ConvGeometry, *, tol: float = 1e-4) -> fl
         weight: In torch's layout; transposed as ``geometry`` says.
         geometry: Stride, dilation and groups are used; padding means nothing here.
         tol: Relative slack at which refining stops.
+
+    Example:
+        >>> stride_two = ConvGeometry((2,), ((0, 0),), (1,))
+        >>> round(any_size(torch.ones(1, 1, 2), stride_two) ** 2, 3)
+        2.0
     """
     return enclose_supremum(weight, geometry, tol=tol).upper
 

@@ -56,6 +56,14 @@ def deterministic(A: LinearMap, k: int, *, guess: float | None = None) -> Bound 
         A: The map.
         k: How many.
         guess: An estimate of σ₁ from below, from which the Cholesky test starts.
+
+    Example:
+        >>> import torch
+        >>> from spectool.linear import ConvGeometry
+        >>> same = ConvGeometry((1, 1), ((1, 1), (1, 1)), (1, 1))
+        >>> bound = deterministic(ConvMap(torch.ones(1, 1, 3, 3) + torch.eye(3), (1, 50, 50), same), 1)
+        >>> bound.kind, round(float(bound.upper[0]), 6)
+        ('symbol', 12.0)
     """
     A = fold(A)
     if isinstance(A, (Adjoint, Reshaped)):

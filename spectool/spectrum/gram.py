@@ -155,10 +155,13 @@ class Gram:
         return self._rows(self.map.rmatvec(self._shaped(self._scaled(y), self.map.out_shape)))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply B to rows ``(b, size)``. Costs b pairs."""
+        """Apply B to rows ``(b, size)``; the result is the caller's to overwrite. Costs b pairs."""
         self._spent[0] += 2 * x.shape[0]
         shaped = self._shaped(self._scaled(x), self.map.in_shape)
-        return self._scaled(self._rows(normal_matvec(self.map, shaped)))
+        image = self._scaled(self._rows(normal_matvec(self.map, shaped))).contiguous()
+        # An identity may hand back its argument.
+        own = image.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        return image if own else image.clone()
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.factor == 1.0 else x * self.factor

@@ -146,7 +146,9 @@ class Krylov:
         step divides its leading coefficient by β. All roots lie below the bound, so beyond the largest one the
         polynomial grows, which is all that the argument needs. Not yet inflated by rounding.
         """
-        if not self._certifies or not self.size or not self.frontier:
+        if self.size and not self.frontier:
+            return float(values[0])  # Q spans everything: these are the eigenvalues
+        if not self._certifies or not self.size:
             return math.inf
         roots = np.concatenate([values, self._shed])
         top = float(roots.max())
@@ -216,7 +218,7 @@ class Krylov:
             self._rows[index] = self.gram.random(1, self._source)[0]
             self._clean(index)
         self.link = np.zeros((want, old))
-        self._coupled = old - b
+        self._coupled = max(0, old - b)
         # At the very start there is nothing F could couple to.
         if old:
             self.link[:, old - b :] = weights

@@ -73,7 +73,7 @@ def lanczos(
             k = 3 on; at k = 1, where convergence comes first, 1e-2 takes up to 20 pairs more on most layers, 1e-3
             up to 60.
     """
-    with exact_arithmetic():
+    with exact_arithmetic(), torch.no_grad():
         return _Run(A, k, tol, max_matvecs, seed, progress, excess).estimate()
 
 

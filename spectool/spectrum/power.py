@@ -52,7 +52,7 @@ def power(
         seed: Enters the start vectors beside the operator itself.
         progress: Told every 16 pairs.
     """
-    with exact_arithmetic():
+    with exact_arithmetic(), torch.no_grad():
         gram = Gram(A)
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2
@@ -109,7 +109,7 @@ def powerqr(
     **Source:** Ebrahimpour Boroojeny, Telgarsky and Sundaram, "Spectrum extraction and clipping for implicitly
     linear layers", AISTATS 2024, algorithm 1.
     """
-    with exact_arithmetic():
+    with exact_arithmetic(), torch.no_grad():
         gram = Gram(A)
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2

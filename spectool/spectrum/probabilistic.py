@@ -94,7 +94,7 @@ def upper(
         failure: Probability that the bound does not hold.
         progress: Told once, at the end.
     """
-    with exact_arithmetic():
+    with exact_arithmetic(), torch.no_grad():
         gram = Gram(A)
         digest = fingerprint(A)
         if not gram.prescale(generator(digest, seed, "scale")):

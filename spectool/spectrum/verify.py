@@ -82,7 +82,7 @@ def complement_run(
     betas: list[float] = []
     watch = Sturm(above)
     marks = [Sturm(value) for value, _ in goals]
-    budget, broke = goals[-1][1], False
+    budget, broke, scale = goals[-1][1], False, 0.0
     for step in range(1, min(size, budget) + 1):
         # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
         w = gram(q)
@@ -90,7 +90,7 @@ def complement_run(
         alpha = float(inner(q, w))
         w.sub_(q, alpha=alpha).sub_(previous, alpha=last)
         beta = length(w)
-        scale = max([alpha, *(a + b for a, b in zip(alphas, betas, strict=True))])
+        scale = max(scale, alpha + last + beta)
         noise = torch.finfo(gram.dtype).eps * scale
         alphas.append(alpha)
         betas.append(max(beta, noise, 1e-300))
@@ -118,23 +118,23 @@ def bounded_run(
     goals: tuple[tuple[float, int], ...],
     failure: float,
 ) -> tuple[Check, Gram]:
-    """Do a ``complement_run``; where it breaks down, two more in float64. Return (what was seen, the operator used).
+    """Do a ``complement_run``; where it breaks down, four more in float64. Return (what was seen, operator used).
 
     At a breakdown the bound is about β/δ above the largest Ritz value, and β, which ought to be 0, is rounding: a
-    loose bound. Of two independent runs, each with failure probability √ε, both fail with probability ε; so the
-    larger of their bounds holds, and 1/δ is the square root of what it was. Such runs are a few pairs long.
+    loose bound. Four independent runs, each with failure probability ε^¼, all fail with probability ε only; so
+    the largest of their bounds holds, and 1/δ is the fourth root of what it was. Such runs are a few pairs long.
     """
     check = complement_run(gram, vectors, source(""), above=above, goals=goals, failure=0.9 * failure)
     if not check.broke or check.above:
         return check, gram
     gram = gram.double()
-    part = (0.1 * failure) ** 0.5
-    both = [
+    part = (0.1 * failure) ** 0.25
+    runs = [
         complement_run(gram, vectors, source(f" {name}"), above=above, goals=goals, failure=part)
-        for name in ("again", "and again")
+        for name in range(4)
     ]
-    seen = any(run.above for run in both)
-    return Check(max(run.bound for run in both), seen, True, sum(run.steps for run in both)), gram
+    seen = any(run.above for run in runs)
+    return Check(max(run.bound for run in runs), seen, True, sum(run.steps for run in runs)), gram
 
 
 @dataclass(frozen=True)

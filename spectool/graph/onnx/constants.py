@@ -78,6 +78,8 @@ class Constants:
     def store(self, name: str, tensor: Any, key: str) -> None:
         """Add a tensor of the file under a unique name; ``key`` is what the checkpoint calls it."""
         shape = tuple(tensor.dims)
+        if min(shape, default=0) < 0:
+            raise CorruptFile(f"{self.checkpoint.path}: tensor {key!r} has a negative size ({shape})")
         key = self.checkpoint.aliases.get(key, key)  # tied tensors go by the first name
         self.stored_shapes[key] = shape
 

@@ -24,7 +24,7 @@ def matmul(state: State, operation: Operation) -> None:
         _column(state, operation, x, weight)
         return
     if len(shape) != 2 or (weight == right and not _rank(state, x)):
-        state.emit(operation.call())
+        state.emit(operation.call() if shape else operation.boundary("it multiplies by a single number"))
         return
     if weight == right or state.constant(right):
         op = Linear(transposed=True)
@@ -51,6 +51,9 @@ def gemm(state: State, operation: Operation) -> None:
     else:
         x, weight, flip = b, a, trans_b
         op = Linear(transposed=trans_a, alpha=alpha, axis=-2)
+    if len(state.constants[weight].shape) != 2:
+        state.emit(operation.boundary("its constant is no matrix"))
+        return
     if flip:
         x = _transposed(state, operation, x)
     if c and not state.constant(c):

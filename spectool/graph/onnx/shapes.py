@@ -126,7 +126,10 @@ def _type(proto: Any) -> Type:
     element = dtype_name(kind.elem_type)
     if not kind.HasField("shape"):
         return element, None
-    return element, tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    # A negative size comes of pads that crop everything; onnx's own inference aborts on it further on.
+    return element, tuple(
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in kind.shape.dim
+    )
 
 
 def _fused(
