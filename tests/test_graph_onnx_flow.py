@@ -22,6 +22,7 @@ from onnx_models import (
     node,
     region,
     run,
+    skips,
     spectrum,
     summary,
     survey_of,
@@ -144,6 +145,46 @@ def test_functions_of_the_model_are_inlined(tmp_path: Path) -> None:
     survey = survey_of(model(body, functions=[function], domains=["mine"]), tmp_path)
     assert summary(survey) == [("w", "linear", True), ("v", "linear", True)]
     assert survey.notes == ("inlined 1 functions of the model",)
+
+
+# --- malformed models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (node("Gather", "x", "y"), ""),
+        (node("Constant", "", "y", value=3.5), r"Constant '' is malformed \(\w+: .+\)"),
+        (node("LSTM", "x", "y"), ""),
+        (node("MatMul", "x", "y"), ""),
+        (node("Transpose", "x", "y", perm="no"), ""),
+    ],
+    ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else None,
+)
+def test_malformed_nodes_are_errors_or_boundaries(bad: onnx.NodeProto, message: str, tmp_path: Path) -> None:
+    nodes = [bad, node("MatMul", "x w", "z")]
+    proto = model(graph(nodes, {"x": (1, 4)}, "z", {"w": weights(4, 4)}))
+    if message:
+        with pytest.raises(GraphError, match=message):
+            survey_of(proto, tmp_path)
+    else:
+        assert keys(survey_of(proto, tmp_path)) == ["w"]
+
+
+@pytest.mark.parametrize("attributes", [{"strides": [0]}, {"dilations": [-1]}, {"group": 0}, {"group": 2}])
+def test_convolutions_that_make_no_sense_are_skipped(attributes: dict[str, Any], tmp_path: Path) -> None:
+    proto = model(
+        graph([node("Conv", "x w", "y", **attributes)], {"x": (1, 2, 8)}, "y", {"w": weights(3, 2, 3)})
+    )
+    assert skips(survey_of(proto, tmp_path))["w"].reason == "its strides, dilations or groups make no sense"
+
+
+def test_sizes_below_zero_are_unknown(tmp_path: Path) -> None:
+    """Pads that crop more than there is: onnx's own inference would abort the process at the slice."""
+    nodes = [node("Conv", "x w", "h", pads=[-9, -9]), node("Slice", "h s e a", "y")]
+    tensors = {"w": weights(3, 2, 3), "s": np.array([0]), "e": np.array([3]), "a": np.array([2])}
+    survey = survey_of(model(graph(nodes, {"x": (1, 2, 8)}, "y", tensors)), tmp_path)
+    assert region(survey, "w", "layer").assumed == ("infinite grid",)
 
 
 # --- whole regions ----------------------------------------------------------------------------------------

@@ -52,10 +52,24 @@ def follow(context: Context, nodes: Sequence[Node], start: str, exit: str) -> np
 
 def picked(indices: np.ndarray) -> np.ndarray:
     """Return the flat indices that are no constants'; empty if one of them occurs twice."""
+    flat: np.ndarray = indices[indices != CONSTANT]
+    return flat if distinct(flat).size == flat.size else flat[:0]
+
+
+def distinct(indices: np.ndarray) -> np.ndarray:
+    """Return the different values of non-negative integers, ascending, in linear time.
+
+    ``np.unique`` hashes or sorts; on the half million entries of a transformer's activations it took 90 % of a
+    survey.
+    """
     import numpy as np
 
-    flat: np.ndarray = indices[indices != CONSTANT]
-    return flat if np.unique(flat).size == flat.size else flat[:0]
+    if indices.size == 0:
+        return indices
+    seen = np.zeros(int(indices.max()) + 1, dtype=bool)
+    seen[indices] = True
+    found: np.ndarray = np.flatnonzero(seen)
+    return found
 
 
 def scalars(context: Context, node: Node) -> list[tuple[float, bool]] | None:

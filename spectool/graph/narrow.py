@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from spectool.graph.follow import follow, picked, product, scalars
+from spectool.graph.follow import distinct, follow, picked, product, scalars
 from spectool.graph.parts import Block, Derived, block_of, ranges, suffix
 from spectool.graph.roles import FREE, OPERATOR, Context
 from spectool.graph.types import Conv, Linear, Node, Shape
@@ -161,10 +161,10 @@ def _finished(
     if indices is not None:
         flat = picked(indices)
         places = np.unravel_index(flat, sizes)
-        channels = np.unique(places[axis]).tolist()
+        channels = distinct(places[axis]).tolist()
         others = [place for own, place in enumerate(places) if own != axis]
         around = tuple(size for own, size in enumerate(sizes) if own != axis)
-        positions = np.unique(np.ravel_multi_index(others, around)).size if others else 1
+        positions = distinct(np.ravel_multi_index(others, around)).size if others else 1
         if flat.size == 0 or len(channels) * positions != flat.size:
             return None
         if isinstance(last.op, Conv) and positions != prod(around):
