@@ -218,11 +218,16 @@ def test_chain_of_matrices_is_multiplied() -> None:
 
 
 def test_cancelling_chain_is_still_enclosed() -> None:
-    """B·C is far smaller than ‖B‖‖C‖: the rounding of the product counts relative to the factors."""
-    u, s = np.linalg.qr(np.random.default_rng(3).standard_normal((60, 60)))[0], np.logspace(8, -8, 60)
-    left, right = torch.from_numpy(u * s), torch.from_numpy((1 / s)[:, None] * u.T)
-    spectrum = svds(Composed(MatrixMap(left), MatrixMap(right)), 5)
-    assert all(low <= 1 <= high for low, high in zip(spectrum.lower, spectrum.upper, strict=True))
+    """[X, X]·[Y; E − Y] = X·E is 1e10 times smaller than its terms: the rounding counts relative to the factors."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((60, 60)), rng.standard_normal((60, 60))
+    opposite = -y + 1e-10 * rng.standard_normal((60, 60))
+    truth = np.linalg.svd(x @ (y + opposite), compute_uv=False)  # the sum is exact
+    left, right = np.hstack([x, x]), np.vstack([y, opposite])
+    spectrum = svds(Composed(MatrixMap(torch.from_numpy(left)), MatrixMap(torch.from_numpy(right))), 60)
+    assert (np.array(spectrum.lower) <= truth).all()
+    assert (truth <= np.array(spectrum.upper)).all()
+    assert spectrum.upper[0] - spectrum.lower[0] > 1e-14
 
 
 def test_separable_chain_multiplies_axis_by_axis() -> None:

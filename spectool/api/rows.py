@@ -14,7 +14,7 @@ from spectool.graph.types import BatchNorm, Region, Skipped
 from spectool.linear import InfiniteConv, MatrixMap
 from spectool.lower import chain_parts, lower, without_epsilon
 from spectool.progress import Progress, Step, silent
-from spectool.report.row import Row
+from spectool.report.row import Row, parts_text
 from spectool.spectrum import Spectrum, supremum, svds
 from spectool.spectrum.types import Method
 
@@ -145,7 +145,7 @@ class Tightening:
         if any(value is None for value in values):
             return row
         ratio = math.prod(value for value in values if value is not None) / row.sigma[0]
-        return replace(row, note=_join(row.note, f"parts multiply to {ratio:.3g} times this"))
+        return replace(row, note=_join(row.note, parts_text(ratio)), looseness=ratio)
 
 
 def fill(row: Row, spectrum: Spectrum, infinite: bool = False) -> Row:

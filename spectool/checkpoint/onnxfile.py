@@ -86,7 +86,7 @@ def _stored(graph: Any) -> Iterator[tuple[str, Any]]:
                     yield name, attribute.t
                 elif attribute.name == "sparse_value":
                     yield name, attribute.sparse_tensor
-                elif attribute.name.startswith("value_"):
+                elif isinstance(attribute.name, str) and attribute.name.startswith("value_"):
                     yield name, attribute
 
 

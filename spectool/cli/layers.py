@@ -11,7 +11,7 @@ from rich.text import Text
 from spectool.cli.grid import GridColumn, fit
 from spectool.cli.numbers import interval, significant, sparkline
 from spectool.report.layers import shape_cell, weight_shapes
-from spectool.report.row import Report, Row
+from spectool.report.row import Report, Row, parts_text
 from spectool.report.text import shape_text, visible
 
 _STYLES = {"skipped": "yellow", "failed": "red", "nonlinear": "dim"}
@@ -61,6 +61,7 @@ def _columns(rows: Sequence[Row], nested: bool, brief: bool) -> list[GridColumn]
         GridColumn("bounds", cells(lambda row: interval(row.lower, row.upper) if row.sigma else "")),
         GridColumn("proof", cells(lambda row: Text(row.upper_kind if row.sigma else "", "dim")), drop=8),
         GridColumn(curve, cells(lambda row: sparkline(row.sigma) if len(row.sigma) > 1 else ""), drop=7),
+        GridColumn("parts", cells(_looseness), "right", drop=4),
         GridColumn("copies", cells(_multiplicity), "right", drop=5),
         GridColumn("stable rank", cells(lambda row: _short(row.stable_rank)), "right", drop=4),
         GridColumn("method", cells(lambda row: row.method or ""), drop=3),
@@ -114,6 +115,17 @@ def _multiplicity(row: Row) -> str:
     return f"{'' if row.multiplicity_exact else '≥'}{row.multiplicity}"
 
 
+def _looseness(row: Row) -> str:
+    return "" if row.looseness is None else f"{row.looseness:.2f}×"
+
+
+def _remark(row: Row) -> str:
+    """Return the note without what a column shows already."""
+    if row.looseness is None:
+        return row.note
+    return row.note.removesuffix(parts_text(row.looseness)).removesuffix("; ")
+
+
 def _short(value: float | None) -> str:
     return "" if value is None else significant(value)
 
@@ -131,7 +143,9 @@ def _remarks(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
     reasons = [(row.note, row) for row in rows if row.status == "nonlinear"]
     yield from _grouped("nonlinear", "dim", reasons)
     yield from _grouped("assumed", "bold", [("; ".join(row.assumed), row) for row in rows if row.assumed])
-    yield from _grouped("note", "bold", [(row.note, row) for row in rows if row.status == "ok" and row.note])
+    yield from _grouped(
+        "note", "bold", [(_remark(row), row) for row in rows if row.status == "ok" and _remark(row)]
+    )
 
 
 def _grouped(

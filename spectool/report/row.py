@@ -47,6 +47,7 @@ class Row:
         operators: How many operators with a weight matrix it holds, for the coverage line; not exported.
         maximal: Whether no larger region contains it; not exported.
         why: Why the method was chosen; shown with ``-v``; not exported.
+        looseness: For a chain, the product of its parts' σ₁ over its own; said in ``note``, not exported.
     """
 
     layer: str
@@ -75,6 +76,7 @@ class Row:
     operators: int = 1
     maximal: bool = True
     why: str = ""
+    looseness: float | None = None
 
     @property
     def lower(self) -> float | None:
@@ -85,6 +87,11 @@ class Row:
     def upper(self) -> float | None:
         """Upper end of σ₁'s interval."""
         return self.sigma_upper[0] if self.sigma_upper else None
+
+
+def parts_text(looseness: float) -> str:
+    """Return what a row's note says of the product of its parts."""
+    return f"parts multiply to {looseness:.3g} times this"
 
 
 @dataclass(frozen=True)

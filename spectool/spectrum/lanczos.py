@@ -166,7 +166,7 @@ class _Run:
         return replace(found, ceiling=math.inf) if number else found
 
     def _aim(self, excess: float, safety: float) -> Aim:
-        closing = min(CLOSING, self.pairs // 4)
+        closing = max(8, min(CLOSING, self.pairs // 4))
         return Aim(self.k, safety * self.tol, max(self.left() - closing, self.k + 2), excess)
 
     def _verify(
