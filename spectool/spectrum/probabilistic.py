@@ -99,7 +99,7 @@ def upper(
         digest = fingerprint(A)
         if not gram.prescale(generator(digest, seed, "scale")):
             return 0.0, gram.applications
-        pairs = max(1, (max_matvecs - 1) // 2)
+        pairs = max(1, (max_matvecs - gram.applications) // 2)
         goal = 0.0 if guess is None else ((1.0 + excess) * guess / gram.unit) ** 2
         nothing = torch.empty(0, gram.size, dtype=gram.dtype)
         check, gram = bounded_run(
