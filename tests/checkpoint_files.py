@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -66,3 +67,12 @@ def run_python(code: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def zipped(path: Path, data: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    """A torch zip around a pickle written by hand."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        for name, content in (storages or {}).items():
+            archive.writestr(f"a/data/{name}", content)
+    return path

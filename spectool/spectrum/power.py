@@ -14,15 +14,19 @@ import torch
 from spectool.linear import exact_arithmetic
 from spectool.progress import Progress, Step, silent
 from spectool.spectrum.finish import conclude, exhaust, zero_estimate
-from spectool.spectrum.gram import Gram, wide
+from spectool.spectrum.gram import Gram, inner, length, wide
 from spectool.spectrum.starts import fingerprint, generator
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
     from spectool.spectrum.estimate import Estimate
 
-SHIFT = 0.01
-"""μ of PowerQR in units of σ₁². The paper's μ = 1 in absolute units makes the rate depend on the weights' scale."""
+SHIFT = 1e-6
+"""μ of PowerQR in units of σ₁². It keeps R regular and only slows the iteration down; the paper's μ = 1 in absolute
+units makes the rate depend on the scale of the weights."""
+
+NOISE = 4.0
+"""Rounding of one application of B, in units of eps·θ₁."""
 
 CLOSING = 64
 """Pairs set aside for the verification."""
@@ -61,16 +65,14 @@ def power(
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
-        gram = _resolving(gram, tol)
         source = generator(digest, seed, "power")
         vectors = torch.empty(0, gram.size, dtype=gram.dtype, device=gram.device)
         largest, worst = 0.0, 0.0
         for index in range(k):
             left = pairs - gram.applications // 2 - _closing(pairs, k)
-            row, value, residual = _one(
-                gram, vectors, largest, tol, max(1, left // (k - index)), source, progress
-            )
-            vectors = torch.cat([vectors, row])
+            share = max(1, left // (k - index))
+            gram, row, value, residual = _one(gram, vectors, largest, tol, share, source, progress)
+            vectors = torch.cat([gram.take(vectors), row])
             largest, worst = max(largest, value), max(worst, residual)
         return conclude(gram, vectors, k, tol, worst, digest, seed, pairs)
 
@@ -118,7 +120,6 @@ def powerqr(
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
-        gram = _resolving(gram, tol)
         x = gram.random(k, generator(digest, seed, "powerqr"))
         x, largest, worst, count = torch.linalg.qr(x.T).Q.T, 0.0, math.inf, 0
         while worst > 0.9 * tol:
@@ -127,10 +128,13 @@ def powerqr(
             if left < k or (iterations is not None and count == iterations):
                 break
             image = gram(x)
-            worst, largest = _residual(x, image)
+            worst, largest, least = _residual(x, image)
             x = torch.linalg.qr((shift * largest * x + image).T).Q.T
             count += 1
             progress(Step("powerqr", index=count, matvecs=gram.applications, residual=worst))
+            if _exhausted(gram, worst, largest, least, tol):
+                gram, worst = gram.double(), math.inf
+                x = gram.take(x)
         return conclude(gram, x, k, tol, worst, digest, seed, pairs)
 
 
@@ -170,8 +174,12 @@ def _one(
     pairs: int,
     source: torch.Generator,
     progress: Progress,
-) -> tuple[torch.Tensor, float, float]:
-    """Iterate one vector on the complement of ``vectors``; return (row, Ritz value, relative residual)."""
+) -> tuple[Gram, torch.Tensor, float, float]:
+    """Iterate one vector on the complement of ``vectors``.
+
+    Returns:
+        The operator (in float64 from where float32 did not reach), the row, its Ritz value, its relative residual.
+    """
     x = gram.random(1, source)
     for _ in range(2):
         x = x - (x @ vectors.T) @ vectors
@@ -181,38 +189,46 @@ def _one(
         # Invariant: x is a unit row of the complement; value and residual belong to the row one step earlier.
         y = gram(x)
         y = y - (y @ vectors.T) @ vectors
-        value = float(torch.linalg.vecdot(x, y)[0])
-        scale = max(value, largest)
-        norm = float(torch.linalg.vector_norm(y))
-        if scale <= 0.0 or norm <= torch.finfo(y.dtype).eps * scale:
-            return x, 0.0, 0.0
-        error = float(torch.linalg.vector_norm(y - value * x))
-        residual = error / math.sqrt(value * scale)
+        value, norm = float(inner(x, y)), length(y)
+        first = max(value, largest)
+        if norm <= NOISE * torch.finfo(gram.dtype).eps * first and gram.double() is gram:
+            return gram, x, 0.0, 0.0
+        floor = torch.finfo(torch.float64).eps * first
+        residual = length(y - value * x) / math.sqrt(max(value, floor) * first) if first > 0.0 else 0.0
         if count % 16 == 0:
             progress(Step("power", index=len(vectors), matvecs=gram.applications, residual=residual))
-        x = y / norm
+        if first == 0.0:
+            break
+        if _exhausted(gram, residual, first, value, tol):
+            gram, residual = gram.double(), math.inf
+            x, vectors = gram.take(x), gram.take(vectors)
+            continue
         # Deflation and rounding leave a trace of the first vectors that the iteration would grow again.
+        x = y / norm
         x = x - (x @ vectors.T) @ vectors
         # The Rayleigh–Ritz step at the end mixes the residuals of all vectors.
         if residual <= 0.7 * tol:
             break
-    return x / torch.linalg.vector_norm(x), value, residual
+    return gram, x / torch.linalg.vector_norm(x), value, residual
 
 
-def _residual(x: torch.Tensor, image: torch.Tensor) -> tuple[float, float]:
-    """Return (largest relative residual of the Ritz pairs in the span of ``x``, largest Ritz value)."""
-    projected = wide(x @ image.T)
+def _residual(x: torch.Tensor, image: torch.Tensor) -> tuple[float, float, float]:
+    """Return (largest relative residual of the Ritz pairs in the span of ``x``, largest and least Ritz value)."""
+    projected = inner(x, image)
     values, turn = torch.linalg.eigh(0.5 * (projected + projected.T))
-    turn = turn.T
-    errors = torch.linalg.vector_norm(turn @ wide(image) - values[:, None] * (turn @ wide(x)), dim=1)
-    largest = float(values[-1])
+    turn, largest = turn.T, float(values[-1])
+    errors = torch.linalg.vector_norm(
+        turn @ wide(image).cpu() - values[:, None] * (turn @ wide(x).cpu()), dim=1
+    )
     floor = torch.finfo(torch.float64).eps * largest
-    return float((errors / (values.clamp(min=floor) * largest).sqrt()).max()), largest
+    return float((errors / (values.clamp(min=floor) * largest).sqrt()).max()), largest, float(values[0])
 
 
-def _resolving(gram: Gram, tol: float) -> Gram:
-    """Return the operator in float64 if float32 cannot reach ``tol``."""
-    return gram.double() if tol < 16.0 * torch.finfo(gram.dtype).eps else gram
+def _exhausted(gram: Gram, residual: float, first: float, value: float, tol: float) -> bool:
+    """Whether the residual is down to rounding, that is more than the tolerance, and float64 is to be had."""
+    unit = NOISE * torch.finfo(gram.dtype).eps
+    reach = unit * math.sqrt(first / max(value, unit * first))
+    return reach > 0.5 * tol and residual <= 16.0 * reach and gram.double() is not gram
 
 
 def _closing(pairs: int, k: int) -> int:
