@@ -11,6 +11,7 @@ import torch
 from dense import Matrix, spectrum_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lanczos_tools import random_values
 
 from spectool.linear import MatrixMap
 from spectool.spectrum.estimate import Estimate
@@ -25,24 +26,6 @@ from spectool.spectrum.starts import generator
 from spectool.spectrum.verify import Check, complement_run
 
 NEVER = ((0.0, 400),)  # a goal that is not met: run on
-
-
-def random_values(rng: np.random.Generator, n: int) -> Matrix:
-    """Spectra of every temper: dense edges, clusters, steps, decay, copies."""
-    style = rng.integers(6)
-    if style == 0:
-        values = rng.random(n)
-    elif style == 1:
-        values = np.exp(-rng.random() * np.arange(n))
-    elif style == 2:
-        values = 1 - rng.random(n) ** rng.integers(1, 5)
-    elif style == 3:
-        values = rng.integers(1, 5, n).astype(np.float64)
-    elif style == 4:
-        values = np.r_[1 + 1e-6 * rng.random(n // 3), 0.9 * rng.random(n - n // 3)]
-    else:
-        values = np.abs(rng.standard_cauchy(n))
-    return np.sort(np.abs(values) + 1e-9)[::-1]
 
 
 def operator(rng: np.random.Generator, values: Matrix, dtype: torch.dtype) -> Gram:
