@@ -153,10 +153,12 @@ def test_a_product_with_a_vector_is_a_matrix_of_one_column(tmp_path: Path) -> No
     np.testing.assert_allclose(dense(item, survey), weights(4)[None], rtol=1e-6)
 
 
-def test_a_bias_that_is_data_joins_the_product(tmp_path: Path) -> None:
-    proto = model(graph([node("Gemm", "x w x", "y")], {"x": (1, 4)}, "y", {"w": weights(4, 4)}))
+@pytest.mark.parametrize(("beta", "kind"), [(1.0, "linear"), (-0.5, "linear+scale")])
+def test_a_bias_that_is_data_joins_the_product(tmp_path: Path, beta: float, kind: str) -> None:
+    body = graph([node("Gemm", "x w x", "y", beta=beta)], {"x": (1, 4)}, "y", {"w": weights(4, 4)})
+    proto = model(body)
     survey = survey_of(proto, tmp_path)
-    assert summary(survey) == [("w", "linear", False), ("w", "linear", True)]
+    assert summary(survey) == [("w", "linear", False), ("w", kind, True)]
     np.testing.assert_allclose(dense(region(survey, "w", "composed"), survey), jacobian_of(proto), atol=1e-5)
 
 

@@ -117,7 +117,7 @@ def test_small_residuals_do_not_reveal_a_missed_copy() -> None:
         gram, nothing, np.empty(0), Aim(8, 1e-5, 900), 1, generator(b"", 0, "x"), lambda step: None
     )
     assert found.converged
-    wrong = np.sqrt(found.values) * gram.unit
+    wrong = np.sqrt(found.values[:8]) * gram.unit
     assert np.abs(wrong - truth[:8]).max() > 0.05
     assert_right(lanczos(A, 8), truth, 8, 1e-9)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,17 @@ import torch
 
 from spectool import __version__
 from spectool.api.devices import choose_device, choose_dtype
+from spectool.api.job import Selection, numbered, open_job, report_of, settings_of
 from spectool.api.operators import function_map
 from spectool.api.rows import Options, Tightening, analysed_row, fill, listed_row
-from spectool.api.selecting import select
-from spectool.api.sources import InputShapes, Ways, find, named_shapes
-from spectool.checkpoint import sha256_of
-from spectool.errors import NothingToAnalyse, UsageError
-from spectool.graph import Region, Survey
+from spectool.api.sources import InputShapes, Ways
+from spectool.errors import UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Report, Row
 from spectool.spectrum import svds
 from spectool.spectrum.types import Method
 
 Source = str | Path | torch.nn.Module | Callable[[torch.Tensor], torch.Tensor]
-
-_CACHE_BYTES = 64 << 20
 
 
 def inspect(
@@ -63,8 +57,8 @@ def inspect(
     Args:
         source: A checkpoint file or directory, a live module, or a function that is affine on ``(b, *in_shape)``.
         k: How many singular values per operator; clamped to the operator's smaller side.
-        input_shape: Shape of the model's input with its batch axis, or a mapping from input name to shape. For a
-            function it is the shape of one input without the batch axis.
+        input_shape: Shape of the model's input with its batch axis, or a mapping from input name to shape, or to a
+            number for an input that is one. For a function it is the shape of one input without the batch axis.
         method: ``auto``, ``exact``, ``lanczos``, ``power`` or ``powerqr``.
         tol: Relative residual to reach.
         max_matvecs: Cap on operator applications per row.
@@ -106,59 +100,23 @@ def inspect(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise UsageError(f"k is {k!r}; it counts singular values", hint="use k >= 1")
     options = Options(k, method, tol, max_matvecs, certify, seed, choose_device(device), choose_dtype(dtype))
-    settings = {
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
-        "device": str(options.device),
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "input_shape": {n: list(shape) for n, shape in (named_shapes(input_shape) or {}).items()} or None,
-        "level": level,
-        "layers": list(layers),
-        "exclude": list(exclude),
-        "kinds": list(kinds),
-        "assume_bn": assume_bn,
-        "key": key,
-        "arch": arch,
-        "arch_args": dict(arch_args) if arch_args else None,
-        "recognise": recognise,
-        "trust": trust,
-        "shard": list(shard) if shard else None,
-    }
+    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust)
+    selection = Selection(level, layers, exclude, kinds, shard)
+    settings = settings_of(options, ways, selection, input_shape)
     if not isinstance(source, (str, Path, torch.nn.Module)):
         return _inspect_function(source, input_shape, options, settings, progress)
     progress(Step("finding operators"))
-    found = find(source, Ways(assume_bn, key, arch, arch_args, recognise, trust), input_shape)
-    items = found.survey.items
-    name = found.path or type(source).__name__
-    if not any(isinstance(item, Region) or item.operators for item in items):
-        raise NothingToAnalyse(
-            f"{name} holds no linear operator",
-            hint=f"`spectool ls {name}` lists what it holds" if found.path else "",
-        )
-    chosen = select(items, level=level, layers=layers, exclude=exclude, kinds=kinds, shard=shard)
-    if not chosen and shard is None:
-        raise NothingToAnalyse(
-            f"the filters leave none of the {len(items)} rows of {name}",
-            hint="`spectool inspect --list` shows the keys, levels and kinds",
-        )
-    load = _cached(found.survey)
+    job = open_job(source, ways, selection, input_shape)
     rows: list[Row] = []
     tightening = Tightening()
-    for index, item in enumerate(chosen):
+    for index, item in enumerate(job.items):
         if list_only:
             rows.append(listed_row(item))
             continue
-        report_step = _numbered(progress, item.key, index, len(chosen))
+        report_step = numbered(progress, item.key, index, len(job.items))
         report_step(Step(item.key))
-        rows.append(tightening.note(item, analysed_row(item, load, options, report_step)))
-    return Report(
-        rows=tuple(rows),
-        path=found.path,
-        format=found.format,
-        sha256=sha256_of(Path(found.path)) if hash and found.path else None,
-        settings=settings,
-        version=__version__,
-        notes=found.notes,
-    )
+        rows.append(tightening.note(item, analysed_row(item, job.load, options, report_step)))
+    return report_of(job.found, rows, settings, hash=hash)
 
 
 def _inspect_function(
@@ -188,32 +146,7 @@ def _inspect_function(
         max_matvecs=options.max_matvecs,
         certify=options.certify,
         seed=options.seed,
-        progress=_numbered(progress, name, 0, 1),
+        progress=numbered(progress, name, 0, 1),
     )
     row = Row(name, "layer", "region", (), (), input_shape=shape, output_shape=operator.out_shape)
     return Report((fill(row, spectrum),), None, None, None, settings, __version__)
-
-
-def _cached(found: Survey) -> Callable[[str], torch.Tensor]:
-    """Return the survey's loader, remembering the small tensors it gave last."""
-    kept: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def load(name: str) -> torch.Tensor:
-        if name in kept:
-            kept.move_to_end(name)
-            return kept[name]
-        tensor = found.load(name)
-        if tensor.nbytes <= _CACHE_BYTES // 4:
-            kept[name] = tensor
-            while sum(held.nbytes for held in kept.values()) > _CACHE_BYTES:
-                kept.popitem(last=False)
-        return tensor
-
-    return load
-
-
-def _numbered(progress: Progress, key: str, index: int, total: int) -> Progress:
-    def report(step: Step) -> None:
-        progress(dataclasses.replace(step, task=key, index=index, total=total))
-
-    return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from spectool.checkpoint.types import Checkpoint
 
 Shape = tuple[int, ...]
-InputShapes = Shape | Sequence[int] | Mapping[str, Sequence[int]]
+Scalar = int | float | bool
+InputShapes = Shape | Sequence[int] | Mapping[str, Sequence[int] | Scalar]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Found:
         path: The file; None for a live module.
         format: Its container; None for a live module.
         notes: What a user should know.
+        checkpoint: The open file; None for a live module.
     """
 
     survey: Survey
     path: str | None
     format: str | None
     notes: tuple[str, ...]
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,12 @@ def find(source: str | Path | torch.nn.Module, ways: Ways, input_shape: InputSha
         return Found(found, None, None, found.notes)
     checkpoint = open_checkpoint(source, key=ways.key)
     found, notes = _find(checkpoint, ways, shapes)
-    return Found(found, str(source), checkpoint.format, (*checkpoint.notes, *notes, *found.notes))
+    told = (*checkpoint.notes, *notes, *found.notes)
+    return Found(found, str(source), checkpoint.format, told, checkpoint)
 
 
 def _find(
-    checkpoint: Checkpoint, ways: Ways, shapes: Mapping[str, Shape] | None
+    checkpoint: Checkpoint, ways: Ways, shapes: Mapping[str, Shape | Scalar] | None
 ) -> tuple[Survey, tuple[str, ...]]:
     if ways.arch is not None:
         from spectool.architectures import build
@@ -110,7 +115,7 @@ def _find(
 
 
 def _recognised(
-    checkpoint: Checkpoint, shapes: Mapping[str, Shape] | None
+    checkpoint: Checkpoint, shapes: Mapping[str, Shape | Scalar] | None
 ) -> tuple[Survey | None, tuple[str, ...]]:
     """Return the survey of a known architecture; None, and why, where it is none or its input size is missing."""
     from spectool.architectures import build
@@ -132,7 +137,7 @@ def _recognised(
 
 
 def _from_config(
-    checkpoint: Checkpoint, config: Mapping[str, Any], shapes: Mapping[str, Shape] | None
+    checkpoint: Checkpoint, config: Mapping[str, Any], shapes: Mapping[str, Shape | Scalar] | None
 ) -> tuple[Survey | None, tuple[str, ...]]:
     """Return the survey of the transformers model that a configuration describes; None, and why, if there is none."""
     from spectool.architectures.huggingface import build_from_config, input_shapes
@@ -148,7 +153,7 @@ def _from_config(
         return None, (f"config.json not used: {error}{hint}",)
 
 
-def _trusted(checkpoint: Checkpoint, shapes: Mapping[str, Shape] | None) -> Survey:
+def _trusted(checkpoint: Checkpoint, shapes: Mapping[str, Shape | Scalar] | None) -> Survey:
     """Unpickle a module, which runs its code, and follow it."""
     from spectool.graph.program import survey_live
 
@@ -179,7 +184,7 @@ def _as_module(
     module: torch.nn.Module,
     label: str,
     name: str,
-    shapes: Mapping[str, Shape] | None,
+    shapes: Mapping[str, Shape | Scalar] | None,
 ) -> Survey:
     """Follow ``module`` with the checkpoint's weights; every row says where the program came from."""
     from spectool.architectures import match_keys
@@ -211,10 +216,24 @@ def _as_module(
     return replace(found, items=items)
 
 
-def named_shapes(shapes: InputShapes | None) -> dict[str, Shape] | None:
-    """Return input name → shape; a bare shape goes by ``""``."""
+def named_shapes(shapes: InputShapes | None) -> dict[str, Shape | Scalar] | None:
+    """Return input name → shape, or the number given in its place; a bare shape goes by ``""``."""
     if shapes is None:
         return None
     if isinstance(shapes, Mapping):
-        return {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
+        return {name: _shape_or_number(value) for name, value in shapes.items()}
     return {"": tuple(int(size) for size in shapes)}
+
+
+def _shape_or_number(value: Any) -> Shape | Scalar:
+    """Return a shape as a tuple and a number, numpy's too, as Python's own."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    try:
+        return tuple(int(size) for size in value)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{value!r} is neither a shape nor a number", hint="e.g. {'x': (1, 512), 'rate': 16000}"
+        ) from None

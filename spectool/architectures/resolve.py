@@ -152,6 +152,8 @@ def import_torchvision() -> Any:
 
 
 def _timm(name: str) -> Callable[..., Any]:
+    with contextlib.suppress(UsageError):
+        import_torchvision()  # timm imports it, and where that fails says so less well
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.read import ShardReader
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse, UnrecognisedFormat
@@ -94,14 +95,7 @@ def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | 
         )
         metadata.update(shard.metadata)
     metadata["index"] = index.get("metadata") or {}
-    readers = {path.parent / file: shard.reader for file, shard in shards.items()}
-
-    def read(ref: TensorRef) -> Any:
-        reader = readers[ref.file]
-        if reader is None:
-            raise ValueError(f"{ref.file} was opened without a reader")
-        return reader(ref)
-
+    read = ShardReader({path.parent / file: shard.reader for file, shard in shards.items()})
     return Checkpoint(path, form, tensors, aliases, metadata, None, notes, read, unread)
 
 

@@ -24,6 +24,9 @@ _EXTERNAL = 1
 _GRAPH = 5
 _GRAPHS = 10
 _OPSETS_SINCE = 3
+#: One step of a way through nested messages: name of the field, and which of several (None if there is only one).
+Step = tuple[str, int | None]
+Route = tuple[Step, ...]
 _BRANCHES = {"then_branch": "then.", "else_branch": "else."}
 
 
@@ -43,51 +46,69 @@ def named_tensors(model: onnx.ModelProto) -> list[tuple[str, Any]]:
         (key, ``TensorProto``, ``SparseTensorProto`` or, for a Constant node that holds plain numbers,
         ``AttributeProto``), in the order of the graphs.
     """
-    found = [(prefix, name, tensor) for prefix, graph in _graphs(model) for name, tensor in _stored(graph)]
-    uses = Counter(name for _, name, _ in found)
+    return [(key, tensor) for key, tensor, _ in placed_tensors(model)]
+
+
+def placed_tensors(model: onnx.ModelProto) -> list[tuple[str, Any, Route]]:
+    """Return what ``named_tensors`` does, each with the way to it from the model's outermost message."""
+    found = [
+        (prefix, name, tensor, (*route, *rest))
+        for prefix, graph, route in _graphs(model)
+        for name, tensor, rest in _stored(graph)
+    ]
+    uses = Counter(name for _, name, _, _ in found)
     taken: Counter[str] = Counter()
     named = []
-    for prefix, name, tensor in found:
+    for prefix, name, tensor, route in found:
         key = name if uses[name] == 1 else prefix + name
         taken[key] += 1
-        named.append((key if taken[key] == 1 else f"{key}#{taken[key]}", tensor))
+        named.append((key if taken[key] == 1 else f"{key}#{taken[key]}", tensor, route))
     return named
 
 
-def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, Any]]:
+def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, Any, Route]]:
     """Yield prefix and graph: the main one, then bodies where their nodes stand, then local functions."""
-    pending: list[tuple[str, Any]] = [("", model.graph)]
-    pending += [(f"{function.domain}.{function.name}.", function) for function in model.functions]
+    pending: list[tuple[str, Any, Route]] = [("", model.graph, (("graph", None),))]
+    pending += [
+        (f"{function.domain}.{function.name}.", function, (("functions", index),))
+        for index, function in enumerate(model.functions)
+    ]
     while pending:
-        prefix, graph = pending.pop(0)
-        yield prefix, graph
+        prefix, graph, route = pending.pop(0)
+        yield prefix, graph, route
         inner = []
-        for node in graph.node:
+        for place, node in enumerate(graph.node):
             label = node.name or next(iter(node.output), node.op_type)
             # Some exporters write the else branch first.
-            for attribute in sorted(node.attribute, key=lambda attribute: attribute.name != "then_branch"):
-                bodies = [attribute.g] if attribute.type == _GRAPH else []
-                bodies += attribute.graphs if attribute.type == _GRAPHS else []
+            attributes = sorted(enumerate(node.attribute), key=lambda item: item[1].name != "then_branch")
+            for index, attribute in attributes:
+                bodies: list[tuple[Any, Step]] = []
+                if attribute.type == _GRAPH:
+                    bodies = [(attribute.g, ("g", None))]
+                elif attribute.type == _GRAPHS:
+                    bodies = [(body, ("graphs", number)) for number, body in enumerate(attribute.graphs)]
                 branch = _BRANCHES.get(attribute.name, "") if node.op_type == "If" else ""
-                inner += [(f"{prefix}{label}.{branch}", body) for body in bodies]
+                way = (*route, ("node", place), ("attribute", index))
+                inner += [(f"{prefix}{label}.{branch}", body, (*way, step)) for body, step in bodies]
         pending[:0] = inner
 
 
-def _stored(graph: Any) -> Iterator[tuple[str, Any]]:
+def _stored(graph: Any) -> Iterator[tuple[str, Any, Route]]:
     for index, tensor in enumerate(getattr(graph, "initializer", ())):
-        yield tensor.name or f"initializer_{index}", tensor
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield sparse.values.name, sparse
+        yield tensor.name or f"initializer_{index}", tensor, (("initializer", index),)
+    for index, sparse in enumerate(getattr(graph, "sparse_initializer", ())):
+        yield sparse.values.name, sparse, (("sparse_initializer", index),)
     for index, node in enumerate(graph.node):
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             name = next(iter(node.output), "") or f"constant_{index}"
-            for attribute in node.attribute:
+            for number, attribute in enumerate(node.attribute):
+                way: Route = (("node", index), ("attribute", number))
                 if attribute.name == "value":
-                    yield name, attribute.t
+                    yield name, attribute.t, (*way, ("t", None))
                 elif attribute.name == "sparse_value":
-                    yield name, attribute.sparse_tensor
+                    yield name, attribute.sparse_tensor, (*way, ("sparse_tensor", None))
                 elif isinstance(attribute.name, str) and attribute.name.startswith("value_"):
-                    yield name, attribute
+                    yield name, attribute, way
 
 
 @dataclass

@@ -26,12 +26,15 @@ class Reader:
     Args:
         sources: File → its bytes.
         inside: Record → how to read it, for tensors whose bytes have no position of their own.
+
+    Attributes:
+        sources: File → its bytes.
     """
 
     def __init__(
         self, sources: Mapping[Path, Source], inside: Mapping[str, Callable[[], torch.Tensor]] | None = None
     ) -> None:
-        self._sources = dict(sources)
+        self.sources = dict(sources)
         self._inside = dict(inside or {})
 
     def __call__(self, ref: TensorRef) -> torch.Tensor:
@@ -50,7 +53,31 @@ class Reader:
             ) from None
         if ref.base < 0:
             return self._inside[ref.record]()
-        return _strided(self._sources[ref.file], ref, dtype)
+        return _strided(self.sources[ref.file], ref, dtype)
+
+
+class ShardReader:
+    """Reads tensors of a checkpoint in several files.
+
+    Args:
+        readers: File → the reader of that shard.
+
+    Attributes:
+        sources: File → its bytes, all shards together.
+    """
+
+    def __init__(self, readers: Mapping[Path, Callable[[TensorRef], torch.Tensor] | None]) -> None:
+        self._readers = dict(readers)
+        self.sources: dict[Path, Source] = {}
+        for reader in self._readers.values():
+            self.sources.update(getattr(reader, "sources", {}))
+
+    def __call__(self, ref: TensorRef) -> torch.Tensor:
+        """Return one tensor; errors as those of its shard's reader."""
+        reader = self._readers[ref.file]
+        if reader is None:
+            raise ValueError(f"{ref.file} was opened without a reader")
+        return reader(ref)
 
 
 def _strided(source: Source, ref: TensorRef, dtype: torch.dtype) -> torch.Tensor:

@@ -47,6 +47,7 @@ class Source:
         self.path = path
         self.base = 0
         self.size = status.st_size
+        self.mode = status.st_mode & 0o777
         self._stamp = _stamp(status)
         self._spool: BinaryIO | None = None
         self._lock = threading.Lock()
@@ -88,6 +89,39 @@ class Source:
         """Return the first ``size`` bytes, or fewer where the file is shorter."""
         return self.read(0, min(size, self.size), "its first bytes")
 
+    @property
+    def gzipped(self) -> bool:
+        """Whether the file is a gzip stream and the bytes here are what it unpacks to."""
+        return self._spool is not None
+
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """Open the file itself (the packed bytes if ``gzipped``) and yield its descriptor.
+
+        Raises:
+            CorruptFile: If the file is another one than when its structure was read, before or after the use.
+        """
+        try:
+            number = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+        try:
+            self._check(os.fstat(number))
+            yield number
+            self._check(os.fstat(number))
+        finally:
+            os.close(number)
+        try:
+            self._check(self.path.stat())
+        except OSError as error:
+            raise CorruptFile(f"{self.path} vanished while it was read ({error.strerror})") from error
+
+    def _check(self, status: os.stat_result) -> None:
+        if _stamp(status) != self._stamp:
+            raise CorruptFile(
+                f"{self.path} changed after it was opened", hint="run again when nothing writes to it"
+            )
+
     @contextmanager
     def stream(self, limits: Limits, bound: str) -> Iterator[BinaryIO]:
         """Open for reading by a parser that expects a file; one read may not exceed the limit ``bound``."""
@@ -112,10 +146,7 @@ class Source:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
         with stream:
-            if _stamp(os.fstat(stream.fileno())) != self._stamp:
-                raise CorruptFile(
-                    f"{self.path} changed after it was opened", hint="run again when nothing writes to it"
-                )
+            self._check(os.fstat(stream.fileno()))
             yield stream
 
     @classmethod

@@ -12,6 +12,8 @@ from spectool.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from spectool.checkpoint.patch.types import Written
+
 
 @dataclass(frozen=True)
 class TensorRef:
@@ -118,6 +120,12 @@ class Checkpoint:
         if self.reader is None:
             raise ValueError(f"checkpoint {self.path} was built without a reader")
         return self.reader(self.tensors[name])
+
+    def write(self, out: Path, edits: Mapping[str, torch.Tensor], *, force: bool = False) -> Written:
+        """Write a copy in which only the bytes of the edited tensors differ; see ``write_checkpoint``."""
+        from spectool.checkpoint.patch import write_checkpoint
+
+        return write_checkpoint(self, out, edits, force=force)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -16,6 +16,7 @@ from spectool.report.text import shape_text, visible
 
 _STYLES = {"skipped": "yellow", "failed": "red", "nonlinear": "dim"}
 _NAMED = 3
+Remark = tuple[str, str, str, str]  # label, style, text, keys of the rows
 
 
 def layers_grid(
@@ -31,19 +32,31 @@ def layers_grid(
     rows = report.rows
     columns = [
         column
-        for column in _columns(rows, nested, width is not None)
+        for column in row_columns(rows, nested=nested, brief=width is not None)
         if any(cell.plain for cell in column.cells)
     ]
     table, hidden = fit(columns, width)
+    return with_remarks(table, _remarks(rows)), hidden
+
+
+def with_remarks(table: RenderableType, entries: Iterable[Remark]) -> RenderableType:
+    """Return the table with remarks below it, if there are any."""
     remarks = RichTable.grid(padding=(0, 2, 0, 0))
     remarks.add_column(no_wrap=True)
     remarks.add_column(overflow="fold")
-    for label, style, text, keys in _remarks(rows):
+    for label, style, text, keys in entries:
         remarks.add_row(Text(label, style=style), Text.assemble(visible(text), (f"  {keys}", "dim")))
-    return (Group(table, Text(""), remarks) if remarks.row_count else table), hidden
+    return Group(table, Text(""), remarks) if remarks.row_count else table
 
 
-def _columns(rows: Sequence[Row], nested: bool, brief: bool) -> list[GridColumn]:
+def row_columns(rows: Sequence[Row], *, nested: bool, brief: bool) -> list[GridColumn]:
+    """Return the columns of a table of rows.
+
+    Args:
+        rows: In display order.
+        nested: Whether composed rows hang below their layers.
+        brief: Whether long kinds are cut.
+    """
     longest = max((len(row.sigma) for row in rows), default=0)
     curve = f"σ₁…σ{''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(longest))}" if longest > 1 else ""
 
@@ -58,8 +71,10 @@ def _columns(rows: Sequence[Row], nested: bool, brief: bool) -> list[GridColumn]
         GridColumn("weight", cells(_weight), drop=6),
         GridColumn("input", cells(lambda row: shape_cell(row, row.input_shape) or ""), drop=9),
         GridColumn("σ₁", cells(_sigma), "right"),
-        GridColumn("bounds", cells(lambda row: interval(row.lower, row.upper) if row.sigma else "")),
-        GridColumn("proof", cells(lambda row: Text(row.upper_kind if row.sigma else "", "dim")), drop=8),
+        GridColumn("bounds", cells(lambda row: interval(row.lower, row.upper) if row.sigma_upper else "")),
+        GridColumn(
+            "proof", cells(lambda row: Text(row.upper_kind if row.sigma_upper else "", "dim")), drop=8
+        ),
         GridColumn(curve, cells(lambda row: sparkline(row.sigma) if len(row.sigma) > 1 else ""), drop=7),
         GridColumn("parts", cells(_looseness), "right", drop=4),
         GridColumn("copies", cells(_multiplicity), "right", drop=5),
@@ -130,27 +145,24 @@ def _short(value: float | None) -> str:
     return "" if value is None else significant(value)
 
 
-def _remarks(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (label, style, text, keys): every reason and assumption once, with the rows it is about."""
+def _remarks(rows: Sequence[Row]) -> Iterator[Remark]:
+    """Yield every reason and assumption once, with the rows it is about."""
     for status in ("failed", "skipped"):
-        yield from _grouped(
-            status, _STYLES[status], [(row.note, row) for row in rows if row.status == status]
-        )
+        yield from grouped(status, _STYLES[status], [(row.note, row) for row in rows if row.status == status])
     loose = [row for row in rows if row.converged is False]
-    yield from _grouped(
+    yield from grouped(
         "~", "yellow", [("not converged; the interval holds, the estimate may be low", row) for row in loose]
     )
     reasons = [(row.note, row) for row in rows if row.status == "nonlinear"]
-    yield from _grouped("nonlinear", "dim", reasons)
-    yield from _grouped("assumed", "bold", [("; ".join(row.assumed), row) for row in rows if row.assumed])
-    yield from _grouped(
+    yield from grouped("nonlinear", "dim", reasons)
+    yield from grouped("assumed", "bold", [("; ".join(row.assumed), row) for row in rows if row.assumed])
+    yield from grouped(
         "note", "bold", [(_remark(row), row) for row in rows if row.status == "ok" and _remark(row)]
     )
 
 
-def _grouped(
-    label: str, style: str, reasons: Sequence[tuple[str, Row]]
-) -> Iterator[tuple[str, str, str, str]]:
+def grouped(label: str, style: str, reasons: Sequence[tuple[str, Row]]) -> Iterator[Remark]:
+    """Yield a remark per text, with the keys of the rows it is about; many are counted instead of named."""
     groups: dict[str, list[str]] = {}
     for text, row in reasons:
         groups.setdefault(text, []).append(visible(row.layer))

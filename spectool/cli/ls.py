@@ -70,10 +70,15 @@ def summary(checkpoint: Checkpoint) -> str:
     count = len(checkpoint.tensors)
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
     values = sum(ref.numel for ref in own)
-    return f"{tensors}, {values} values, {readable_bytes(sum(map(tensor_bytes, own)))}, {checkpoint.format}"
+    size = readable_bytes(sum(map(tensor_bytes, own)))
+    unread = f", {len(checkpoint.unread)} more cannot be read" if checkpoint.unread else ""
+    return f"{tensors}, {values} values, {size}, {checkpoint.format}{unread}"
 
 
 def _draw(layout: Layout, width: int | None) -> tuple[RenderableType, list[str]]:
     from spectool.cli.cells import cells_grid
 
-    return cells_grid(layout.table, width)
+    table = layout.table
+    if not layout.columns and all(row[-1] is None for row in table.rows):
+        table = table.pick(table.names[:-1])  # nobody needs a column of nothing
+    return cells_grid(table, width)

@@ -50,6 +50,21 @@ class FormatName(StrEnum):
     xlsx = "xlsx"
 
 
+class CheckFormatName(StrEnum):
+    """Output formats of `check`."""
+
+    table = "table"
+    csv = "csv"
+    tsv = "tsv"
+    json = "json"
+    jsonl = "jsonl"
+    md = "md"
+    xlsx = "xlsx"
+    junit = "junit"
+    github = "github"
+    sarif = "sarif"
+
+
 def option(panel: str, *flags: str, help: str, metavar: str | None = None, **more: Any) -> Any:
     """Return an option that can also be set by SPECTOOL_<LONG NAME>."""
     longest = max(flags, key=len).lstrip("-").replace("-", "_").upper()
@@ -74,7 +89,8 @@ Inputs = Annotated[
         COMPUTE,
         "--input",
         metavar="SHAPE",
-        help="Shape of the model's input with its batch axis, 1x3x224x224; repeatable as NAME=SHAPE.",
+        help="Shape of the model's input with its batch axis, 1x3x224x224; repeatable as NAME=SHAPE, or NAME=NUMBER "
+        "where the program takes a number.",
     ),
 ]
 Method = Annotated[
@@ -133,6 +149,16 @@ Trust = Annotated[
 ]
 Hash = Annotated[bool, option(COMPUTE, "--hash", help="Put the file's SHA-256 into the result.")]
 
+Limits = Annotated[
+    list[str] | None,
+    option(
+        COMPUTE,
+        "--max",
+        metavar="[GLOB=]C",
+        help="Limit on the largest singular value; repeatable, with a pattern of keys or weights: 'layer4.*=0.8'.",
+    ),
+]
+
 Level = Annotated[
     LevelName,
     option(
@@ -175,16 +201,16 @@ AssumeBn = Annotated[
     ),
 ]
 
-Format = Annotated[
-    FormatName | None,
-    option(
-        OUTPUT,
-        "--format",
-        metavar="NAME",
-        help="table, csv, tsv, json, jsonl, md or xlsx; default by suffix, else a table (tsv in a pipe).",
-        case_sensitive=False,
-    ),
-]
+_FORMAT = option(
+    OUTPUT,
+    "--format",
+    metavar="NAME",
+    help="table, csv, tsv, json, jsonl, md or xlsx, for check also junit, github or sarif; default by suffix, else "
+    "a table (tsv in a pipe).",
+    case_sensitive=False,
+)
+Format = Annotated[FormatName | None, _FORMAT]
+CheckFormat = Annotated[CheckFormatName | None, _FORMAT]
 Output = Annotated[
     str | None, option(OUTPUT, "-o", "--output", metavar="FILE", help="Write to FILE; - is stdout.")
 ]
@@ -208,7 +234,10 @@ NoGuard = Annotated[
 ]
 
 Quiet = Annotated[bool, option(MESSAGES, "-q", "--quiet", help="No progress, notes or hints.")]
-Verbose = Annotated[bool, option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen.")]
+Verbose = Annotated[
+    bool,
+    option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen; check shows every row."),
+]
 NoProgress = Annotated[bool, option(MESSAGES, "--no-progress", help="No progress.")]
 Strict = Annotated[bool, option(MESSAGES, "--strict", help="Exit with 5 if a linear operator was skipped.")]
 Debug = Annotated[bool, option(MESSAGES, "--debug", help="Show tracebacks.")]

@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,14 @@ class Target:
     quiet: bool = False
 
 
-def choose_target(output: str | None, format: str | None, source: Path, *, quiet: bool = False) -> Target:
+def choose_target(
+    output: str | None,
+    format: str | None,
+    source: Path,
+    *,
+    quiet: bool = False,
+    more: Mapping[str, tuple[str, ...]] | None = None,
+) -> Target:
     """Decide format and place, and refuse what cannot work before anything is computed.
 
     Args:
@@ -46,22 +53,24 @@ def choose_target(output: str | None, format: str | None, source: Path, *, quiet
         format: What ``--format`` says; None to guess: by suffix, a table on a terminal, TSV in a pipe.
         source: The file that is read, which is never written.
         quiet: Whether messages are left out.
+        more: Formats that only this command has, each with the suffixes that ask for it.
 
     Raises:
         UsageError: If the format is unknown or cannot go there.
         OutputError: If the file cannot be written.
     """
     path = None if output in (None, "-") else Path(str(output))
-    if format is not None and format not in (TABLE, *FORMATS):
-        raise UsageError(
-            f"there is no format called {format!r}", hint=f"formats: {', '.join((TABLE, *FORMATS))}"
-        )
+    known = (TABLE, *FORMATS, *(more or {}))
+    if format is not None and format not in known:
+        raise UsageError(f"there is no format called {format!r}", hint=f"formats: {', '.join(known)}")
     if path is None:
         chosen = format or (TABLE if sys.stdout.isatty() else "tsv")
         if chosen == "xlsx" and sys.stdout.isatty():
             raise UsageError("a workbook is no text for a terminal", hint="name a file: -o result.xlsx")
         return Target(chosen, None, quiet)
-    chosen = format or format_of(path)
+    suffix = path.suffix.lower().removeprefix(".")
+    own = next((name for name, suffixes in (more or {}).items() if suffix in suffixes), None)
+    chosen = format or own or format_of(path)
     check_target(path)
     if path.exists() and source.exists() and path.samefile(source):
         raise UsageError(
@@ -70,7 +79,13 @@ def choose_target(output: str | None, format: str | None, source: Path, *, quiet
     return Target(chosen, path, quiet)
 
 
-def deliver(layout: Layout, target: Target, options: WriteOptions, draw: Drawing) -> None:
+def deliver(
+    layout: Layout,
+    target: Target,
+    options: WriteOptions,
+    draw: Drawing,
+    more: Mapping[str, Callable[[], bytes]] | None = None,
+) -> None:
     """Write a result where it was asked for.
 
     Args:
@@ -78,6 +93,7 @@ def deliver(layout: Layout, target: Target, options: WriteOptions, draw: Drawing
         target: From ``choose_target``.
         options: Guarding.
         draw: Draws the terminal table for a width (None: any), and says which columns did not fit.
+        more: Writers of the formats that only this command has.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -87,6 +103,8 @@ def deliver(layout: Layout, target: Target, options: WriteOptions, draw: Drawing
         data, hidden = _drawn(draw, target)
         if hidden:
             remark = f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with -o"
+    elif more and target.format in more:
+        data = more[target.format]()
     else:
         rendered = render(layout, target.format, options)
         data = rendered.data
@@ -140,6 +158,8 @@ def _drawn(draw: Drawing, target: Target) -> tuple[bytes, list[str]]:
         legacy_windows=False,
     )
     console.print(drawing, crop=False)
+    if not stream.getvalue().strip():
+        return b"", hidden
     # Rich pads every line to the width of the table.
     lines = stream.getvalue().rstrip("\n").split("\n")
     return "".join(f"{line.rstrip()}\n" for line in lines).encode("utf-8", "replace"), hidden

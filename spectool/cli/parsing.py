@@ -13,27 +13,35 @@ from typing import Any
 from spectool.errors import CheckpointError, UsageError
 
 _SHAPE = re.compile(r"\d+(?:[x×,]\d+)*", re.IGNORECASE)
+_INTEGER = re.compile(r"-\d+|0+")
+_REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?")
+_WORDS = {"true": True, "false": False}
 Shape = tuple[int, ...]
+Scalar = int | float | bool
 
 
-def parse_inputs(texts: Sequence[str]) -> Shape | dict[str, Shape] | None:
-    """Return the shapes of ``--input``: None, one shape, or a shape per input name.
+def parse_inputs(texts: Sequence[str]) -> Shape | dict[str, Shape | Scalar] | None:
+    """Return the values of ``--input``: None, one shape, or a shape or number per input name.
+
+    A whole number above 0 is read as the length of an axis; a program that wants a number takes it for one.
 
     Args:
-        texts: ``1x3x224x224`` (once) or ``name=1x3x224x224`` (any number).
+        texts: ``1x3x224x224`` (once) or ``name=1x3x224x224``, ``name=16000``, ``name=0.5``, ``name=true`` (any
+            number).
 
     Raises:
         UsageError: If one is no shape, or unnamed and named shapes are mixed.
     """
     if not texts:
         return None
-    named: dict[str, Shape] = {}
+    named: dict[str, Shape | Scalar] = {}
     for text in texts:
         name, _, shape = text.rpartition("=")
         if name in named:
             twice = f"--input names {name!r} twice" if name else "--input gives more than one unnamed shape"
             raise UsageError(twice, hint="several inputs are named: --input a=1x3x32x32 --input b=1x10")
-        named[name] = _parse_shape(shape, text)
+        number = _parse_number(shape) if name else None
+        named[name] = _parse_shape(shape, text) if number is None else number
     if "" not in named:
         return named
     if len(named) > 1:
@@ -41,7 +49,21 @@ def parse_inputs(texts: Sequence[str]) -> Shape | dict[str, Shape] | None:
             "--input mixes a named and an unnamed shape",
             hint="name all of them: --input a=1x3x32x32 --input b=1x10",
         )
-    return named[""]
+    only = named[""]
+    return only if isinstance(only, tuple) else None
+
+
+def _parse_number(text: str) -> Scalar | None:
+    """Return a truth value, a number with a point or an exponent, or one below 1; None for anything else."""
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if not _REAL.fullmatch(text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _parse_shape(shape: str, text: str) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,19 @@ import torch
 
 from spectool.graph.aten import Slot, call, overload
 from spectool.graph.aten_rules import ATEN_RULES, RANDOM, packet
-from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Graph, Linear, Node, Opaque, Shape
+from spectool.graph.types import (
+    BatchNorm,
+    Call,
+    Conv,
+    Embedding,
+    Graph,
+    Linear,
+    Node,
+    Op,
+    Opaque,
+    Shape,
+    Value,
+)
 from spectool.linear.geometry import ConvGeometry
 
 _CONVOLUTIONS = frozenset(
@@ -102,18 +115,25 @@ def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph
         leaves=captured,
     )
     nodes: list[Node] = []
-    for node in graph.nodes:
+    values = dict(graph.values)
+    pending = deque(graph.nodes)
+    while pending:
+        node = pending.popleft()
         if _is_constant(node, known):
             nodes.extend(_table(node, known))
             sources = tuple(dict.fromkeys(o for name in node.inputs for o in origins.get(name, ())))
             for position, output in enumerate(node.outputs):
                 if output:
-                    known[output] = constants.shapes[output]
+                    known[output] = tuple(int(n or 0) for n in values[output].shape or ())
                     origins[output] = sources
                     constants.nodes[output] = (node, position)
             continue
-        nodes.append(_record(node, known))
-    return replace(graph, nodes=tuple(nodes), constants=known, origins=origins), constants
+        steps = _simpler(node, known, values)
+        if steps:
+            pending.extendleft(reversed(steps))
+        else:
+            nodes.append(_record(node, known))
+    return replace(graph, nodes=tuple(nodes), values=values, constants=known, origins=origins), constants
 
 
 def _table(node: Node, known: Mapping[str, Shape]) -> list[Node]:
@@ -143,6 +163,8 @@ def _record(node: Node, known: Mapping[str, Shape]) -> Node:
     if not isinstance(op, Call):
         return node
     family = packet(op.name)
+    if _is_rounded_or_random(node, op, family):
+        return replace(node, op=Opaque(op.name))
     if family in _CONVOLUTIONS:
         return _convolution(node, op, known)
     if family in _BATCH_NORMS:
@@ -151,8 +173,6 @@ def _record(node: Node, known: Mapping[str, Shape]) -> Node:
         product = _product(node, op, known)
         if product is not None:
             return product
-    if family in ("aten.addmm", "aten.baddbmm", "aten.addmv"):
-        return replace(node, op=Opaque(op.name))
     if family == "aten.embedding":
         bound = _bind(node, op)
         if bound["weight"] in known:
@@ -160,6 +180,13 @@ def _record(node: Node, known: Mapping[str, Shape]) -> Node:
     if family in _NORMS:
         return replace(node, op=Opaque(op.name, _NORMS[family]))
     return node if family in ATEN_RULES else replace(node, op=Opaque(op.name))
+
+
+def _is_rounded_or_random(node: Node, op: Call, family: str) -> bool:
+    """Return whether an argument takes its linearity from an operation that has it otherwise."""
+    if family == "aten.div":
+        return bool(_bind(node, op).get("rounding_mode"))
+    return family == "aten.dropout" and bool(_bind(node, op)["train"]) and float(_bind(node, op)["p"]) > 0
 
 
 def _bind(node: Node, op: Call) -> dict[str, Any]:
@@ -235,8 +262,100 @@ def _batch_norm(node: Node, op: Call, known: Mapping[str, Shape]) -> Node:
     return replace(node, op=BatchNorm(eps), inputs=inputs, outputs=node.outputs[:1])
 
 
-def _product(node: Node, op: Call, known: Mapping[str, Shape]) -> Node | None:
+_SUMS = {"aten.addmm": "aten.mm", "aten.baddbmm": "aten.bmm", "aten.addmv": "aten.mv"}
+
+
+def _simpler(node: Node, known: Mapping[str, Shape], values: dict[str, Value]) -> list[Node]:
+    """Return a weighted sum as scales, a product and a plain sum; empty for what is a single record or none.
+
+    Args:
+        node: As recorded.
+        known: Constants by now.
+        values: Every value; what lies between the nodes is added.
+    """
+    op = node.op
+    if not isinstance(op, Call):
+        return []
+    family = packet(op.name)
+    steps = _Steps(node, known, values)
+    if family in ("aten.add", "aten.sub") and op.attributes["kwargs"].get("alpha", 1) != 1:
+        bound = _bind(node, op)
+        first, second = bound["self"], bound["other"]
+        if first not in known or second in known or not isinstance(second, str):
+            return []  # what flows has no factor
+        steps.call(f"{family}.Tensor", (Slot(0), Slot(1)), first, steps.scaled(second, float(bound["alpha"])))
+        return steps.finished()
+    if family not in _SUMS:
+        return []
+    bound = _bind(node, op)
+    bias, left, right = list(bound.values())[:3]
+    alpha, beta = float(bound["alpha"]), float(bound["beta"])
+    if left not in known and right not in known:
+        return []  # a product of two values that flow is a boundary as it is
+    if family == "aten.addmm" and _product(node, op, known) is not None:
+        return []
+    rows, columns = steps.shape(left), steps.shape(right)
+    name = steps.call(
+        f"{_SUMS[family]}.default", (Slot(0), Slot(1)), left, right, shape=(*rows[:-1], *columns[1:][-1:])
+    )
+    last = steps.made[-1]
+    matrix = _product(last, last.op, known) if family == "aten.addmm" else None
+    if matrix is not None and isinstance(matrix.op, Linear):
+        steps.made[-1] = replace(matrix, op=replace(matrix.op, alpha=alpha))
+    else:
+        name = steps.scaled(name, alpha)
+    if beta != 0.0:
+        steps.call("aten.add.Tensor", (Slot(0), Slot(1)), name, steps.scaled(bias, beta))
+    return steps.finished()
+
+
+@dataclass
+class _Steps:
+    """Nodes that take the place of one.
+
+    Attributes:
+        node: The one.
+        known: Constants by now.
+        values: Every value; grows.
+        made: The nodes so far.
+    """
+
+    node: Node
+    known: Mapping[str, Shape]
+    values: dict[str, Value]
+    made: list[Node] = field(default_factory=list)
+
+    def shape(self, name: str) -> tuple[int | None, ...]:
+        """Return the shape of a constant or a value."""
+        return self.known[name] if name in self.known else self.values[name].shape or ()
+
+    def call(
+        self, name: str, args: tuple[Any, ...], *inputs: str, shape: tuple[int | None, ...] | None = None
+    ) -> str:
+        """Add a call and return the name of its output; its shape is that of the node's unless it is given."""
+        own = f"{self.node.outputs[0]}~{len(self.made)}"
+        label = f"{self.node.name}~{len(self.made)}"
+        self.made.append(Node(label, Call(name, {"args": args, "kwargs": {}}), inputs, (own,)))
+        like = self.values[self.node.outputs[0]]
+        self.values[own] = replace(like, name=own, shape=like.shape if shape is None else shape)
+        return own
+
+    def scaled(self, name: str, factor: float) -> str:
+        """Return the name of a multiple of a value, the value itself where that is enough."""
+        if factor == 1.0:
+            return name
+        return self.call("aten.mul.Scalar", (Slot(0), factor), name, shape=self.shape(name))
+
+    def finished(self) -> list[Node]:
+        """Return the nodes, of which the last has the name and the output of the one."""
+        last = self.made[-1]
+        return [*self.made[:-1], replace(last, name=self.node.name, outputs=self.node.outputs)]
+
+
+def _product(node: Node, op: Op, known: Mapping[str, Shape]) -> Node | None:
     """Return a linear record for a product with one constant matrix; None for anything else."""
+    if not isinstance(op, Call):
+        return None
     bound = _bind(node, op)
     family = packet(op.name)
     bias = ""

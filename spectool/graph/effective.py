@@ -9,7 +9,7 @@ the other. Nothing here imports torch before a tensor is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from spectool.errors import OperatorError
@@ -18,7 +18,7 @@ from spectool.graph.types import Region, Shape, Skipped
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spectool.checkpoint.types import Checkpoint
+    from spectool.checkpoint.types import Checkpoint, TensorRef
 
 Read = Callable[[str], "Tensor"]
 """Reads one tensor by name, on the CPU."""
@@ -202,13 +202,35 @@ class Weights:
             shape = tuple(stored[axis] for axis in order)
             self.add(Effective(name, shape, (name,), build, "axes moved to (out, in, …)", invert=invert))
 
-    def edits(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def homes(self, name: str) -> tuple[str, ...] | None:
+        """Return the stored tensors that change when a weight does; None if it cannot be written back."""
+        derived = self.derived(name)
+        if derived is not None and derived.invert is None:
+            return None
+        return self.sources(name)
+
+    def reload(self, stored: Mapping[str, Tensor]) -> Weights:
+        """Return the same weights, made from ``stored`` values where those are given."""
+
+        def read(ref: TensorRef) -> Tensor:
+            name = self._checkpoint.aliases.get(ref.name, ref.name)
+            for known in (ref.name, name):
+                if known in stored:
+                    return stored[known]
+            return self._checkpoint.read(ref.name)
+
+        other = Weights(replace(self._checkpoint, reader=read))
+        other._derived, other._parts = self._derived, self._parts
+        return other
+
+    def edits(self, updates: Mapping[str, Tensor], read: Read | None = None) -> dict[str, Tensor]:
         """Return new values of stored tensors that make weights the wanted ones.
 
         Parts of one tensor are gathered into one edit. Values are not cast: the writer knows the stored type.
 
         Args:
             updates: Name of a weight, as regions read it → its wanted value.
+            read: Not needed here.
 
         Returns:
             Stored tensor name → new value.

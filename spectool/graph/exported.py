@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,7 @@ def survey_exported(checkpoint: Checkpoint, document: Mapping[str, Any]) -> Surv
     notes = [f"{len(missing)} constants of the program are not stored: {missing[0]}"] if missing else []
     found = survey_recorded(graph, {}, checkpoint.read, walls=walls, source="exported", notes=notes)
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
-    return Survey(found.items, found.load, found.source, (*found.notes, *unused(found, shapes, {})))
+    return replace(found, notes=(*found.notes, *unused(found, shapes, {})))
 
 
 def _graph(document: Mapping[str, Any]) -> tuple[Graph, dict[str, Wall]]:

@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from spectool.graph.roles import Context
-from spectool.graph.types import Node
+from spectool.graph.types import Call, Node
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,18 +76,19 @@ def scalars(context: Context, node: Node) -> list[tuple[float, bool]] | None:
     """Return the (value, divides) pairs of a scale node that multiplies by single numbers only, else None."""
     if context.role(node) != "scale":
         return None
-    found = []
+    attributes = node.op.attributes if isinstance(node.op, Call) else {}
+    divides = context.known.rules[getattr(node.op, "name", "")].how == "first"
+    # A recorded call holds Python's numbers among its arguments.
+    found = [
+        (float(value), divides) for value in attributes.get("args", ())[1:] if isinstance(value, (int, float))
+    ]
     for position, name in enumerate(node.inputs):
         if not name or not context.is_constant(name):
             continue
         if prod(context.constant_shape(name)) != 1:
             return None
-        value = float(context.known.load(name).reshape(()))
-        divides = context.known.rules[getattr(node.op, "name", "")].how == "first" and position > 0
-        if divides and value == 0:
-            return None
-        found.append((value, divides))
-    return found
+        found.append((float(context.known.load(name).reshape(())), divides and position > 0))
+    return None if any(by and not value for value, by in found) else found
 
 
 def product(numbers: Sequence[tuple[float, bool]]) -> float:

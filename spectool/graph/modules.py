@@ -87,7 +87,7 @@ def survey_modules(
     items = settle(checkpoint, [item for _, item in placed])
     if assume_bn:
         items = pair(items, ordered=True, certain=walk.ordered)
-    return Survey(tuple(items), walk.weights, "modules", notes=(*walk.notes, *plain.notes))
+    return Survey(tuple(items), walk.weights, "modules", (*walk.notes, *plain.notes), walk.weights)
 
 
 @dataclass

@@ -44,7 +44,7 @@ def survey_names(checkpoint: Checkpoint, *, assume_bn: bool = False) -> Survey:
     items = settle(checkpoint, [item for _, item in rows.placed])
     if assume_bn:
         items = pair(items, ordered=not _alphabetical(checkpoint))
-    return Survey(tuple(items), weights, "tensors", notes=tuple(rows.notes))
+    return Survey(tuple(items), weights, "tensors", tuple(rows.notes), weights)
 
 
 def recognise(checkpoint: Checkpoint) -> list[Found]:

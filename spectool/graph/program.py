@@ -9,7 +9,7 @@ import torch
 
 from spectool.errors import GraphError, OperatorError
 from spectool.graph.boundaries import Wall
-from spectool.graph.inputs import example_inputs
+from spectool.graph.inputs import Fed, Given, example_inputs
 from spectool.graph.recorded import survey_recorded, unused
 from spectool.graph.tape import record, wall_of
 from spectool.graph.types import Survey
@@ -19,8 +19,8 @@ Load = Callable[[str], torch.Tensor]
 
 def survey_module(
     module: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
-    named_inputs: Mapping[str, torch.Tensor] | None = None,
+    inputs: Sequence[Fed],
+    named_inputs: Mapping[str, Fed] | None = None,
     *,
     keys: Mapping[str, str] | None = None,
     load: Load | None = None,
@@ -30,7 +30,7 @@ def survey_module(
 
     Args:
         module: The program, run in evaluation mode; its weights may be on the meta device if ``load`` is given.
-        inputs: Example inputs with their batch axis; only shapes and types count.
+        inputs: Example inputs with their batch axis, of which only shapes and types count, and numbers.
         named_inputs: The same, by keyword.
         keys: Parameter or buffer name → checkpoint key; by default the names themselves.
         load: Reads a tensor by checkpoint key; by default from the module.
@@ -67,7 +67,7 @@ def survey_module(
 
 def survey_live(
     module: torch.nn.Module,
-    shapes: Mapping[str, Sequence[int]] | None,
+    shapes: Mapping[str, Given] | None,
     *,
     keys: Mapping[str, str] | None = None,
     load: Load | None = None,
@@ -77,7 +77,8 @@ def survey_live(
 
     Args:
         module: As for ``survey_module``.
-        shapes: Input name → shape with the batch axis; ``""`` is the only input; None asks the module.
+        shapes: Input name → shape with the batch axis, or a number where the module wants one; ``""`` is the only
+            input; None asks the module.
         keys: As for ``survey_module``.
         load: As for ``survey_module``.
         notes: As for ``survey_module``.

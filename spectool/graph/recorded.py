@@ -69,6 +69,8 @@ def survey_recorded(
         extras=_extras(graph, walls, names, parts),
         move=_move,
         provenance=_provenance(graph, constants),
+        parts=parts,
+        plain=_plain(graph, constants),
     )
     return survey_graph(graph, known, source=source, notes=notes)
 
@@ -227,6 +229,18 @@ def _move(node: Node, arrays: Sequence[np.ndarray | None]) -> Sequence[np.ndarra
         raise ValueError(f"{node.name} reads constants")
     result = call(node.op, tensors)
     return [piece.numpy() for piece in (result if isinstance(result, tuple) else (result,))]
+
+
+def _plain(graph: Graph, constants: Constants) -> Callable[[str], str | None]:
+    """Return the function that says which stored tensor a constant is."""
+
+    def plain(name: str) -> str | None:
+        origin = graph.origins.get(name, ())
+        if name in constants.nodes or name in constants.leaves or len(origin) != 1:
+            return None
+        return origin[0]
+
+    return plain
 
 
 def _provenance(graph: Graph, constants: Constants) -> Callable[[str], tuple[str, Shape, np.ndarray] | None]:

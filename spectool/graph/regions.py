@@ -11,6 +11,7 @@ from spectool.graph.narrow import Narrow, is_lone, known_shape, narrow, operator
 from spectool.graph.parts import with_parts
 from spectool.graph.roles import BATCHNORM, FREE, OPERATOR, Context, Known
 from spectool.graph.types import BatchNorm, Conv, Embedding, Graph, Linear, Node, Region, Skipped, Survey
+from spectool.graph.writing import TracedWriter
 
 _TOO_MANY_NODES = 1_000_000
 """Nodes of all regions together after which no further composed row is made (regions of one root overlap)."""
@@ -57,12 +58,12 @@ def survey_graph(graph: Graph, known: Known, *, source: str, notes: Sequence[str
         for item in known.extras.get(node.name, ())
     ]
     placed = sorted([*extras, *layers.values(), *pairs.values(), *composed], key=lambda row: row.order)
-    return Survey(
-        items=tuple(_numbered([row.item for row in placed])),
-        load=with_parts(known.load, context.parts),
-        source=source,
-        notes=(*notes, *more_notes),
-    )
+    load = with_parts(known.load, context.parts)
+    writer = None
+    if known.plain is not None and known.provenance is not None:
+        writer = TracedWriter(load, known.plain, known.provenance, {**known.parts, **context.parts})
+    items = tuple(_numbered([row.item for row in placed]))
+    return Survey(items, load, source, (*notes, *more_notes), writer)
 
 
 def _layers(context: Context) -> dict[int, _Placed]:

@@ -50,6 +50,8 @@ class Known:
         move: Runs a ``select`` or ``move`` node on an integer array; None for its constant inputs.
         provenance: For a constant made from one stored tensor by moving entries: that tensor's name and shape, and
             the flat index of each entry; None for any other.
+        parts: Constants that the front-end itself cut out of others; ``load`` knows them.
+        plain: For a constant that is a stored tensor as it is: that tensor's name; None for any other.
     """
 
     load: Callable[[str], torch.Tensor]
@@ -59,6 +61,8 @@ class Known:
     extras: Mapping[str, tuple[Region | Skipped, ...]] = field(default_factory=dict)
     move: Mover | None = None
     provenance: Provenance | None = None
+    parts: Mapping[str, Derived] = field(default_factory=dict)
+    plain: Callable[[str], str | None] | None = None
 
 
 @dataclass(frozen=True)

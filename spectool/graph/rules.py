@@ -44,7 +44,8 @@ def _onnx(names: str, rule: Rule) -> dict[str, Rule]:
 ONNX_RULES: Mapping[str, Rule] = {
     **_onnx("Identity Cast CastLike Dropout Neg", Rule("first", "neutral")),
     **_onnx("Transpose Reshape Flatten Squeeze Unsqueeze DepthToSpace SpaceToDepth", Rule("first", "move")),
-    **_onnx("Slice Split Gather GatherElements GatherND Trilu", Rule("first", "select")),
+    **_onnx("ReverseSequence", Rule("first", "move")),
+    **_onnx("Slice Split Gather GatherElements GatherND Trilu Compress", Rule("first", "select")),
     **_onnx("Pad CenterCropPad", Rule("first", "pad", same="neutral")),
     **_onnx("AveragePool GlobalAveragePool", Rule("first", "avgpool")),
     **_onnx("ReduceMean", Rule("first", "avgpool", same="neutral", spatial=True)),
@@ -57,6 +58,7 @@ ONNX_RULES: Mapping[str, Rule] = {
     **_onnx("Add Sub Sum", Rule("join", "mix", same="neutral")),
     **_onnx("Mean", Rule("join", "mix")),
     **_onnx("Concat", Rule("join", "mix", alone="select")),
+    **_onnx("ScatterND ScatterElements Scatter", Rule("join", "mix")),
     **_onnx("Where", Rule("mask", "mix", same="select")),
     **_onnx("Shape Size", Rule("shape", "mix")),
 }

@@ -24,7 +24,7 @@ from spectool.graph.boundaries import wall_kind
 from spectool.graph.types import Call, Graph, Node, Opaque, Value
 
 Tensor = torch.Tensor
-Program = Callable[[Mapping[str, Tensor], Sequence[Tensor], Mapping[str, Tensor]], Any]
+Scalar = int | float | bool
 
 
 @dataclass
@@ -194,8 +194,8 @@ def _inner(tensor: Tensor) -> Tensor:
 
 def record(
     module: torch.nn.Module,
-    inputs: Sequence[Tensor],
-    named_inputs: Mapping[str, Tensor] | None = None,
+    inputs: Sequence[Tensor | Scalar],
+    named_inputs: Mapping[str, Tensor | Scalar] | None = None,
 ) -> tuple[Graph, dict[str, Tensor]]:
     """Run a module once on fake tensors and return its graph.
 
@@ -203,7 +203,7 @@ def record(
 
     Args:
         module: The program; it is run in evaluation mode.
-        inputs: Example inputs; only their shapes and types count (and, for integers, nothing else).
+        inputs: Example inputs; of tensors only shapes and types count, numbers are passed on.
         named_inputs: The same, by keyword.
 
     Returns:
@@ -236,8 +236,8 @@ def record(
 
 def _record(
     module: torch.nn.Module,
-    inputs: Sequence[Tensor],
-    named: Mapping[str, Tensor],
+    inputs: Sequence[Tensor | Scalar],
+    named: Mapping[str, Tensor | Scalar],
     fake: bool,
     dtype: torch.dtype | None,
 ) -> tuple[Graph, dict[str, Tensor]]:
@@ -270,20 +270,21 @@ def _record(
     }
     place = torch.device("cpu") if fake else next((t.device for t in tensors.values()), torch.device("cpu"))
 
-    def fresh(tensor: Tensor) -> Tensor:
+    def fresh(tensor: Tensor | Scalar) -> Tensor | Scalar:
+        if not isinstance(tensor, Tensor):
+            return tensor
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         with mode:
             return torch.zeros(tensor.shape, dtype=kind, device=place)
 
     positional = [fresh(tensor) for tensor in inputs]
     keyword = {name: fresh(tensor) for name, tensor in named.items()}
-    input_names = []
-    for index, tensor in enumerate((*positional, *keyword.values())):
-        label = f"input.{index}" if index < len(positional) else list(keyword)[index - len(positional)]
-        writer.bind(tensor, label)
-        input_names.append(label)
+    fed = {**{f"input.{index}": value for index, value in enumerate(positional)}, **keyword}
+    flowing = {label: value for label, value in fed.items() if isinstance(value, Tensor)}
+    for label, value in flowing.items():
+        writer.bind(value, label)
 
-    def program(state: Mapping[str, Tensor], args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Any:
+    def program(state: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # Tied parameters arrive as one tensor under every one of their names already.
         result = torch.func.functional_call(module, dict(state), tuple(args), dict(kwargs), tie_weights=False)
         return _tensors(result)
@@ -301,7 +302,7 @@ def _record(
     graph = Graph(
         nodes=tuple(writer.nodes),
         values=writer.values,
-        inputs=tuple(input_names),
+        inputs=tuple(flowing),
         outputs=tuple(writer.names[id(t)] for t in outputs if id(t) in writer.names),
         constants={**constants, **{name: tuple(t.shape) for name, t in writer.captured.items()}},
         origins={name: (name,) for name in constants},

@@ -11,6 +11,8 @@ from spectool.linear.geometry import ConvGeometry
 if TYPE_CHECKING:
     import torch
 
+    from spectool.graph.writing import Writer
+
 Level = Literal["layer", "composed"]
 Shape = tuple[int, ...]
 
@@ -203,9 +205,11 @@ class Survey:
         load: Reads a constant by name (stored or derived: effective weights, folded constants), CPU, stored type.
         source: Which front-end spoke: ``onnx``, ``modules``, ``tensors``, ``tape``.
         notes: What a user should know, in words.
+        writer: The way back from constants to stored tensors; None where nothing can be written.
     """
 
     items: tuple[Region | Skipped, ...]
     load: Callable[[str], torch.Tensor]
     source: str
     notes: tuple[str, ...] = ()
+    writer: Writer | None = None

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from spectool.errors import OperatorError
-from spectool.graph.types import Call
 from spectool.lower.onnx_arguments import (
     Arguments,
     Attributes,
@@ -22,6 +21,7 @@ from spectool.lower.onnx_arguments import (
     flowing,
     integers,
     optional,
+    text,
     wrapped,
 )
 from spectool.lower.onnx_layout import LAYOUT
@@ -141,6 +141,66 @@ def column_to_image(arguments: Arguments, attributes: Attributes, opset: int) ->
     return F.pad(y, flat).reshape(x.shape[0], channels, *image)
 
 
+def scatter_elements(arguments: Arguments, attributes: Attributes, opset: int) -> Tensor:
+    """Put updates at constant places along an axis, or add them there."""
+    x, updates = _pair((flowing(arguments), optional(arguments, 2)), {})
+    places = optional(arguments, 1)
+    if places is None:
+        raise OperatorError("a scatter without indices")
+    axis = wrapped([int(attributes.get("axis", 0))], x.dim())[0]
+    index = places.to(device=x.device, dtype=torch.long) % x.shape[axis]
+    match text(attributes, "reduction", "none"):
+        case "none":
+            return torch.scatter(x, axis, index, updates)
+        case "add":
+            return torch.scatter_add(x, axis, index, updates)
+        case other:
+            raise OperatorError(f"a scatter that reduces by {other!r} is not linear")
+
+
+def scatter_nd(arguments: Arguments, attributes: Attributes, opset: int) -> Tensor:
+    """Put slices at constant places, or add them there."""
+    x, updates = _pair((flowing(arguments), optional(arguments, 2)), {})
+    places = optional(arguments, 1)
+    reduction = text(attributes, "reduction", "none")
+    if places is None:
+        raise OperatorError("a scatter without indices")
+    if reduction not in ("none", "add"):
+        raise OperatorError(f"a scatter that reduces by {reduction!r} is not linear")
+    index = tuple(places.to(device=x.device, dtype=torch.long).reshape(-1, places.shape[-1]).unbind(1))
+    rows = updates.reshape(-1, *x.shape[len(index) :])
+    return torch.index_put(x, index, rows, accumulate=reduction == "add")
+
+
+def reverse_sequence(arguments: Arguments, attributes: Attributes, opset: int) -> Tensor:
+    """Turn the beginning of every sequence of a batch around, each by its own constant length."""
+    x = flowing(arguments)
+    batch, time = wrapped(
+        [int(attributes.get("batch_axis", 1)), int(attributes.get("time_axis", 0))], x.dim()
+    )
+    lengths = torch.tensor(integers(arguments, 1, attributes, "sequence_lens") or [], device=x.device)
+    steps = torch.arange(x.shape[time], device=x.device)
+    places = torch.where(
+        steps < lengths.unsqueeze(1), lengths.unsqueeze(1) - 1 - steps, steps
+    )  # (batch, time)
+    if batch > time:
+        places = places.T
+    shape = [x.shape[axis] if axis in (batch, time) else 1 for axis in range(x.dim())]
+    return torch.gather(x, time, places.reshape(shape).expand(x.shape))
+
+
+def compress(arguments: Arguments, attributes: Attributes, opset: int) -> Tensor:
+    """Keep what a constant condition says, along an axis or of the flattened tensor."""
+    x = flowing(arguments)
+    condition = optional(arguments, 1)
+    if condition is None:
+        raise OperatorError("Compress without a condition")
+    kept = condition.to(device=x.device, dtype=torch.bool).reshape(-1).nonzero().reshape(-1)
+    if "axis" not in attributes:
+        return x.reshape(-1).index_select(0, kept)
+    return x.index_select(wrapped([int(attributes["axis"])], x.dim())[0], kept)
+
+
 def _pair(arguments: Arguments, attributes: Attributes) -> tuple[Tensor, Tensor]:
     """Return two operands; before opset 7 the second was aligned at an axis."""
     x, y = optional(arguments, 0), optional(arguments, 1)
@@ -174,18 +234,17 @@ _ARITHMETIC: Mapping[str, Implementation] = {
     "ReduceSum": reduce_sum,
     "CumSum": cumulative_sum,
     "Col2Im": column_to_image,
+    "ScatterND": scatter_nd,
+    "ScatterElements": scatter_elements,
+    "Scatter": scatter_elements,
+    "ReverseSequence": reverse_sequence,
+    "Compress": compress,
 }
 
 OPS: Mapping[str, Implementation] = {
     f"onnx.{name}": function for name, function in {**LAYOUT, **RESAMPLE, **_ARITHMETIC}.items()
 }
-"""Operation name, as a ``Call`` carries it → implementation."""
+"""Operation name, as a ``Call`` carries it → implementation.
 
-
-def unsupported(op: Call) -> str:
-    """Return why an operation cannot be replayed; empty if it can."""
-    if op.name not in OPS:
-        return f"no way to replay {op.name}"
-    if op.name == "onnx.Resize" and op.attributes.get("antialias"):
-        return "antialiased resizing is not supported"
-    return ""
+What is missing here, or raises ``OperatorError``, takes the second route: ``lower.onnx2torch_route``.
+"""

@@ -15,6 +15,8 @@ from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Node,
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spectool.lower.onnx2torch_route import Route
+
 Load = Callable[[str], torch.Tensor]
 Arguments = Sequence["Tensor | None"]
 
@@ -150,20 +152,56 @@ def remake_region(region: Region, load: Load) -> Callable[[torch.dtype, Any], Ca
             # Integers are shapes, axes and indices: they steer the replay and stay where Python reads them.
             constants[name] = value.to(device=device, dtype=dtype) if value.is_floating_point() else value
 
+        routes: dict[str, Route] = {}
+
         def one(x: Tensor) -> Tensor:
             values = {region.root: x.unsqueeze(0) if region.batched else x}
-            run(region.nodes, values, constants)
+            run(region.nodes, values, constants, routes)
             y = values[region.exit]
             return y.squeeze(0) if region.batched else y
 
         batched: Callable[[Tensor], Tensor] = torch.func.vmap(one)
-        return batched
+
+        def attempt(x: Tensor) -> Tensor:
+            try:
+                return batched(x)
+            except OperatorError:
+                if routes or not any(_is_onnx(node) for node in region.nodes):
+                    raise
+            routes.update(_second_routes(region, constants, x))
+            return batched(x)
+
+        return attempt
 
     return remake
 
 
-def run(nodes: Sequence[Node], values: dict[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+def _is_onnx(node: Node) -> bool:
+    return isinstance(node.op, Call) and node.op.name.startswith("onnx.")
+
+
+def _second_routes(region: Region, constants: Mapping[str, Tensor], like: Tensor) -> dict[str, Route]:
+    """Return what onnx2torch makes of the nodes of a region that have no implementation here."""
+    from spectool.lower.onnx2torch_route import prepare
+
+    shape = (1, *like.shape[1:]) if region.batched else like.shape[1:]
+    zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    return prepare(region.nodes, {region.root: zeros}, constants, execute)
+
+
+def run(
+    nodes: Sequence[Node],
+    values: dict[str, Tensor],
+    constants: Mapping[str, Tensor],
+    routes: Mapping[str, Route] | None = None,
+) -> None:
     """Execute nodes in order, adding what they write to ``values``.
+
+    Args:
+        nodes: What to execute.
+        values: What flows; grows.
+        constants: Everything else that the nodes read.
+        routes: First output of a node → function to run in its place.
 
     Raises:
         OperatorError: If a node cannot be replayed; the message names it.
@@ -173,7 +211,8 @@ def run(nodes: Sequence[Node], values: dict[str, Tensor], constants: Mapping[str
             None if not name else values[name] if name in values else constants[name] for name in node.inputs
         ]
         try:
-            result = execute(node.op, arguments)
+            route = routes.get(node.outputs[0]) if routes else None
+            result = route(arguments) if route is not None else execute(node.op, arguments)
         except OperatorError as error:
             raise OperatorError(f"{node.name or node.outputs[0]}: {error}", hint=error.hint) from error
         outputs = result if isinstance(result, tuple) else (result,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from spectool.report.check import CheckReport, CheckRow
+from spectool.report.check_files import write_check
 from spectool.report.document import to_document
 from spectool.report.frame import to_frame
 from spectool.report.layout import Layout, WriteOptions, report_layout
@@ -11,6 +13,8 @@ from spectool.report.writers import FORMATS, format_of, write, write_layout
 
 __all__ = [
     "FORMATS",
+    "CheckReport",
+    "CheckRow",
     "Layout",
     "Report",
     "Row",
@@ -21,5 +25,6 @@ __all__ = [
     "to_document",
     "to_frame",
     "write",
+    "write_check",
     "write_layout",
 ]

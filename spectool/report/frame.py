@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from spectool.report.layers import layers_table
 from spectool.report.row import Report
+from spectool.report.table import Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +20,13 @@ def to_frame(report: Report) -> pd.DataFrame:
     Args:
         report: Any report.
     """
+    return table_frame(layers_table(report))
+
+
+def table_frame(table: Table) -> pd.DataFrame:
+    """Return a table as a data frame, typed; unknown is missing."""
     import pandas as pd  # a second to import, and only library users need it
 
-    table = layers_table(report)
     cells = zip(*table.rows, strict=True) if table.rows else [() for _ in table.columns]
     return pd.DataFrame(
         {

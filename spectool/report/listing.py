@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.report.document import SCHEMA
 from spectool.report.layout import Layout, WriteOptions
-from spectool.report.table import Column, Table
+from spectool.report.table import Cell, Column, Table
 from spectool.report.text import shape_text
 
 LISTING_COLUMNS = (
@@ -18,7 +18,9 @@ LISTING_COLUMNS = (
     Column("shape", "shape"),
     Column("bytes", "integer"),
     Column("tied"),
+    Column("note"),
 )
+_NOTES = (Column("note"),)
 _BITS = re.compile(r"\d+")
 _EMBEDDING = re.compile(r"(^|[._])(embed|embedding|embeddings|emb|wte|wpe|tok|token)", re.IGNORECASE)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -26,7 +28,9 @@ _GATES = {4: "lstm", 3: "gru", 1: "rnn"}
 
 
 def listing_layout(checkpoint: Checkpoint, version: str, options: WriteOptions) -> Layout:
-    """Return the tensors of a checkpoint, one row each, in file order.
+    """Return the tensors of a checkpoint, one row each, in file order; those that cannot be read come last.
+
+    Of a tensor that cannot be read there is its name, and a note that says why.
 
     Args:
         checkpoint: An open checkpoint; none of its tensors is read.
@@ -36,29 +40,36 @@ def listing_layout(checkpoint: Checkpoint, version: str, options: WriteOptions) 
     Raises:
         UsageError: If a column is asked for that there is not.
     """
-    refs = list(checkpoint.tensors.values())
-    rows = tuple(
+    shapes: list[list[int] | None] = [list(ref.shape) for ref in checkpoint.tensors.values()]
+    rows: list[tuple[Cell, ...]] = [
         (ref.name, guess_kind(ref, checkpoint.tensors), ref.dtype, shape_text(ref.shape), tensor_bytes(ref),
-         checkpoint.aliases.get(ref.name))
-        for ref in refs
-    )  # fmt: skip
-    table = Table(LISTING_COLUMNS, rows)
+         checkpoint.aliases.get(ref.name), None)
+        for ref in checkpoint.tensors.values()
+    ]  # fmt: skip
+    for name, reason in checkpoint.unread.items():
+        shapes.append(None)
+        rows.append((name, None, None, None, None, None, f"cannot be read: {reason}"))
+    table = Table(LISTING_COLUMNS, tuple(rows))
     order = table.order(options.sort) if options.sort else list(range(len(rows)))
     table = table.take(order)
     names = table.names
     records = tuple(
-        dict(zip(names, row, strict=True)) | {"shape": list(refs[place].shape)}
+        dict(zip(names, row, strict=True)) | {"shape": shapes[place]}
         for row, place in zip(table.rows, order, strict=True)
     )
     if options.columns:
         table = table.pick(options.columns)
+    sheets = {"tensors": table}
+    if checkpoint.notes:
+        sheets["notes"] = Table(_NOTES, tuple((note,) for note in checkpoint.notes))
     return Layout(
         table=table,
-        sheets={"tensors": table},
+        sheets=sheets,
         head={
             "schema": SCHEMA,
             "spectool": version,
             "file": {"path": str(checkpoint.path), "format": checkpoint.format},
+            "notes": list(checkpoint.notes),
         },
         records=records,
         member="tensors",

@@ -109,7 +109,7 @@ def conclude(
         note = f"not converged: residual {worst:.1e}, tolerance {tol:.1e}"
     elif verdict.above:
         note = "not converged: the verification saw a larger value than the k-th"
-    elif not verdict.proven:
+    elif not verdict.proven or not verdict.complete:
         note = "not converged: the verification could not bound what is left within the budget"
     return finish(
         gram,

@@ -14,7 +14,7 @@ from spectool.progress import Progress, silent
 from spectool.spectrum.finish import exhaust, finish, zero_estimate
 from spectool.spectrum.gram import Gram, wide
 from spectool.spectrum.hochstenbach import FAILURE
-from spectool.spectrum.search import Aim, Search, search
+from spectool.spectrum.search import SPARE, Aim, Search, search
 from spectool.spectrum.starts import fingerprint, generator
 from spectool.spectrum.verify import MARGIN, Verdict, verify
 
@@ -28,9 +28,11 @@ ROUNDS = 16
 """Most rounds of search and verification."""
 
 COPIES = 4
-"""Rows per block of the rounds after the first: what a single vector missed are copies of equal values.
-The first round is single-vector everywhere: even on a 4096 × 4096 matrix, where a block of 4 reads the weight half
-as often, it took the same time, twice the applications, and its coefficients certify nothing."""
+"""Rows per block of the rounds after the first where few distinct values have many copies each, of which a single
+vector finds one a round. Else a single vector takes half the applications of such a block, because what was missed
+is often one copy, and mostly far fewer than k. The first round is single-vector everywhere: even on a 4096 × 4096
+matrix, where a block of 4 reads the weight half as often, it took the same time, twice the applications, and its
+coefficients certify nothing."""
 
 CLOSING = 48
 """Pairs set aside for a verification."""
@@ -53,14 +55,15 @@ def lanczos(
     """Compute the k largest singular triplets of A by thick-restart Lanczos, verified and polished.
 
     Rounds of: search on AᵀA or AAᵀ (whichever is smaller) in the map's own type, scaled to norm ~1; then a
-    verification from a fresh random vector on the complement of what was found. If that sees anything above
-    the k-th value, the next round searches the complement with a block and merges. At last one Rayleigh–Ritz
+    verification from a fresh random vector on the complement of what was found, until it would have seen what
+    was missed with probability 1 − 1e-4 (given that there is such a thing). If it sees anything above the k-th
+    value, the next round searches the complement and merges. At last one Rayleigh–Ritz
     step in float64. What float32 cannot resolve (σ_k below about 5 % of σ₁ at the default tolerance) continues
     in float64.
 
-    Costs 60–400 pairs for k ≤ 8 on most layers, 2 matvecs each, of which the verification takes 30–60 and the
-    polish k. Does not decide convergence by residuals alone: they do not reveal a missed copy. Computes no
-    small singular values.
+    Costs 60–400 pairs for k ≤ 8 on most layers, 2 matvecs each, of which the verification takes 30–90 (about
+    twice that where the (k+1)-th value is a copy of the k-th) and the polish k + 4. Does not decide convergence by
+    residuals alone: they do not reveal a missed copy. Computes no small singular values.
 
     Args:
         A: The operator.
@@ -111,32 +114,37 @@ class _Run:
             return exhaust(gram, k, self.tol)
         values: NDArray[np.float64] = np.empty(0)
         vectors = torch.empty(0, gram.size, dtype=gram.dtype, device=gram.device)
-        ceiling, converged, verdict = math.inf, False, Verdict(math.inf, False, False)
+        few = False
+        ceiling, converged, verdict = math.inf, False, Verdict(math.inf, False, False, False)
         for number in range(ROUNDS):
-            found = self._search(vectors, values, number)
+            few |= verdict.few
+            block = min(k, COPIES) if few else 1
+            found = self._search(vectors, values, number, block)
             ceiling, converged = min(ceiling, found.ceiling), found.converged
-            values, vectors = _merge(self.gram, values, vectors, found, k)
+            values, vectors, spare = _merge(self.gram, values, vectors, found, k)
             if k == 1 and ceiling <= MARGIN**2 * values[0]:
                 # Nothing larger can have been missed, and copies do not matter.
-                verdict = Verdict(math.sqrt(ceiling), False, True)
+                verdict = Verdict(math.sqrt(ceiling), False, True, True)
+                spare = spare[:0]
                 break
-            verdict = self._verify(vectors, values, number, tight=math.isinf(ceiling))
+            verdict = self._verify(
+                torch.cat([vectors, spare]), values, number, tight=math.isinf(ceiling), complete=converged
+            )
             if not verdict.above or not converged or self.left() < 2 * k:
                 break
         return finish(
             gram,
-            vectors,
+            torch.cat([vectors, spare]),
             k,
             self.tol,
             tau=verdict.tau,
             ceiling=math.sqrt(ceiling),
-            converged=converged and verdict.proven,
+            converged=converged and verdict.proven and verdict.complete,
             note=_note(found, verdict, self.tol),
         )
 
-    def _search(self, known: torch.Tensor, values: NDArray[np.float64], number: int) -> Search:
+    def _search(self, known: torch.Tensor, values: NDArray[np.float64], number: int, block: int) -> Search:
         """Search the complement of ``known``; go on in float64 where this arithmetic does not reach."""
-        block = min(self.k, COPIES) if number else 1
         excess = math.inf if number else self.excess
         safety = SAFETY[min(number, 1)]
         found = search(
@@ -170,29 +178,39 @@ class _Run:
         return Aim(self.k, safety * self.tol, max(self.left() - closing, self.k + 2), excess)
 
     def _verify(
-        self, vectors: torch.Tensor, values: NDArray[np.float64], number: int, *, tight: bool
+        self,
+        vectors: torch.Tensor,
+        values: NDArray[np.float64],
+        number: int,
+        *,
+        tight: bool,
+        complete: bool,
     ) -> Verdict:
+        # Where there are copies, some may be left on the complement at the level of σ_k itself: float64 tells them
+        # from larger ones in half the pairs, and does not mistake amplified rounding for one.
         return verify(
-            self.gram,
+            self.gram.double() if number else self.gram,
             vectors,
             float(values[0]),
             float(values[self.k - 1]),
             lambda suffix: self.source(f"verify {number}{suffix}"),
-            pairs=max(8, min(200, self.left())),
+            pairs=max(8, min(400 if complete else 200, self.left())),
             tight=tight,
             tol=self.tol,
             failure=0.7 * FAILURE / 4.0**number,
+            complete=complete,
         )
 
 
 def _merge(
     gram: Gram, values: NDArray[np.float64], vectors: torch.Tensor, found: Search, k: int
-) -> tuple[NDArray[np.float64], torch.Tensor]:
-    """Return the k largest of the known and the newly found pairs, orthonormalised in float64."""
+) -> tuple[NDArray[np.float64], torch.Tensor, torch.Tensor]:
+    """Return the k largest of the known and the newly found pairs, and spare vectors, orthonormalised in float64."""
     joined = np.concatenate([values, found.values])
-    order = np.argsort(-joined, kind="stable")[:k]
+    order = np.argsort(-joined, kind="stable")[: k + SPARE]
     rows = torch.cat([gram.take(vectors), gram.take(found.vectors)])[torch.from_numpy(order.copy())]
-    return joined[order], gram.take(torch.linalg.qr(wide(rows).T).Q.T)
+    rows = gram.take(torch.linalg.qr(wide(rows).T).Q.T)
+    return joined[order[:k]], rows[:k], rows[k:]
 
 
 def _note(found: Search, verdict: Verdict, tol: float) -> str:
@@ -205,6 +223,6 @@ def _note(found: Search, verdict: Verdict, tol: float) -> str:
         return f"not converged: residual {found.worst:.1e}, tolerance {tol:.1e}"
     if verdict.above:
         return "not converged: the verification saw a larger value than could be computed within the budget"
-    if not verdict.proven:
+    if not verdict.proven or not verdict.complete:
         return "not converged: the verification could not bound what is left within the budget"
     return ""

@@ -26,6 +26,9 @@ BASIS = 24
 BASIS_MOST = 160
 """Rows the basis may grow to on a stall."""
 
+SPARE = 4
+"""Most Ritz vectors beyond the k-th that a search hands on. Each costs a pair in the polish."""
+
 CEILING_SHARE = 0.05
 """Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
 
@@ -35,7 +38,7 @@ class Search:
     """What one run of the iteration found, largest first.
 
     Attributes:
-        values: Ritz values of B.
+        values: Ritz values of B: the k wanted ones, then those of ``_spare``.
         vectors: Their Ritz vectors, rows.
         worst: Largest relative residual among the wanted ones.
         converged: Whether ``worst`` met the tolerance.
@@ -114,9 +117,9 @@ def search(
                 ceiling = krylov.certificate(state.values, level) + slack * state.first
                 done &= state.stalled or ceiling <= target * state.first or math.isinf(ceiling)
             if done or over or not width:
-                count = min(aim.k, len(state.values))
-                vectors = krylov.vectors(state.coordinates[:, :count])
-                values = state.values[:count].copy()
+                chosen = _spare(krylov, state, aim)
+                vectors = krylov.vectors(state.coordinates[:, chosen])
+                values = state.values[chosen].copy()
                 return Search(values, vectors, state.worst, state.converged, state.stalled, ceiling)
             due = spent + _wait(spent, before, state.worst, aim.tol)
             before = (spent, state.worst)
@@ -163,6 +166,29 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
     hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
     stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
     return _State(values, coordinates, first, worst, small and not hopeless, stalled)
+
+
+def _spare(krylov: Krylov, state: _State, aim: Aim) -> list[int]:
+    """Return the places of the k wanted Ritz values, and of up to ``SPARE`` more that are good enough to verify with.
+
+    They come free, and a verification that has them out of the way tells what was missed from what comes next in
+    fewer pairs. In bases that begin with the Ritz vectors, B is [[Θ, C], [Cᵀ, D]]; where D ≤ t, no more
+    eigenvalues of B exceed x = t + w than eigenvalues of Θ + CCᵀ/w do. So with C small enough for the next one to
+    stay below x at w = tol·θ₁, what a half-converged vector may hide is a matter of the tolerance.
+    """
+    chosen = list(range(min(aim.k, len(state.values))))
+    if not state.converged or not krylov.frontier:
+        return chosen
+    width = aim.tol * state.first
+    coupling = krylov.link @ state.coordinates
+    limit = state.values[chosen[-1]] + width
+    for place in range(aim.k, min(aim.k + SPARE, len(state.values))):
+        trial = [*chosen, place]
+        part = coupling[:, trial]
+        schur = np.diag(state.values[trial]) + part.T @ part / width
+        if np.linalg.eigvalsh(schur)[-aim.k] <= limit:
+            chosen = trial
+    return chosen
 
 
 def _wait(spent: int, before: tuple[int, float], worst: float, tol: float) -> int:

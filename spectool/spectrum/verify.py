@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,11 +19,30 @@ if TYPE_CHECKING:
 BREAKDOWN = 1e-8
 """A β below this times the largest Ritz value ends a certifying run; what follows would be rounding noise."""
 
+SMALL = 1e-2
+"""The same in float32 where float64 can be had: few distinct values are left, what follows is amplified rounding
+(of up to 2e-5 in a Ritz value), and float64 goes on without it."""
+
 MARGIN = 1.05
 """A verification is content when what is left is at most this times the k-th value."""
 
 TIGHT = 1.001
 """... and prefers, while that is cheap, what is left to be at most this times the first value."""
+
+STUCK = 12
+"""Pairs after which a Ritz value that has reached σ_k's level and not passed it counts as a copy of σ_k. float32 then
+takes up ghosts of the copy as fast as it learns about the rest; float64 does not."""
+
+SOON = 8
+"""Pairs within which only a value with very many copies is seen."""
+
+MISSED = 1e-4
+"""Probability that a verification which is content has overlooked a value that was missed. Half the pairs of what
+the intervals' 1e-9 would take: a miss is rare, and this counts only once there is one."""
+
+FINE = 0.1
+"""Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it:
+at the default tolerance the accuracy that is promised."""
 
 SHARP = 0.02
 """Rounding, relative to the k-th eigenvalue, above which the run is done in float64."""
@@ -37,12 +57,29 @@ class Check:
         above: Whether a Ritz value on the complement lies above the level that was given.
         broke: Whether the run ended by breakdown.
         steps: Pairs it took.
+        complete: Whether a value above the level of ``Content`` would have been seen.
+        few: Whether there are few distinct values, because a run broke down or saw something within ``SOON`` pairs.
     """
 
     bound: float
     above: bool
     broke: bool
     steps: int
+    complete: bool
+    few: bool = False
+
+
+@dataclass(frozen=True)
+class Content:
+    """When a run may say that nothing was missed.
+
+    Attributes:
+        level: An eigenvalue of the complement above this one ...
+        failure: ... is overlooked with at most this probability.
+    """
+
+    level: float
+    failure: float
 
 
 def complement_run(
@@ -53,6 +90,9 @@ def complement_run(
     above: float,
     goals: tuple[tuple[float, int], ...],
     failure: float,
+    content: Content | None = None,
+    floor: float = BREAKDOWN,
+    near: float = math.inf,
 ) -> Check:
     """Run single-vector Lanczos on (I−VᵀV)B(I−VᵀV) from a fresh random vector, coefficients in float64.
 
@@ -68,10 +108,13 @@ def complement_run(
         goals: (eigenvalue, pairs) in order: the run stops when its bound is ≤ eigenvalue; from ``pairs`` on
             the next goal counts, after the last the run ends.
         failure: Probability that the bound does not hold.
+        content: What the run has to make sure of before it stops at a goal; None if nothing.
+        floor: A β below this times the largest Ritz value is a breakdown ...
+        near: ... and so is a Ritz value between this eigenvalue and ``above`` for ``STUCK`` pairs.
     """
     size, level = gram.size - len(vectors), log_inverse_delta(gram.size, failure)
     if size <= 0:
-        return Check(0.0, False, False, 0)
+        return Check(0.0, False, False, 0, True)
     vectors = gram.take(vectors)
     q = gram.random(1, source)
     for _ in range(2):
@@ -80,8 +123,10 @@ def complement_run(
     previous, last = torch.zeros_like(q), 0.0
     alphas: list[float] = []
     betas: list[float] = []
-    watch = Sturm(above)
+    watch, copy, stuck = Sturm(above), Sturm(near), 0
     marks = [Sturm(value) for value, _ in goals]
+    sure = Sturm(content.level if content else math.inf)
+    due = log_inverse_delta(gram.size, content.failure) if content else -math.inf
     budget, broke, scale = goals[-1][1], False, 0.0
     for step in range(1, min(size, budget) + 1):
         # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
@@ -94,19 +139,23 @@ def complement_run(
         noise = torch.finfo(gram.dtype).eps * scale
         alphas.append(alpha)
         betas.append(max(beta, noise, 1e-300))
-        for sturm in (watch, *marks):
+        for sturm in (watch, *marks, *([sure] if content else []), *([copy] if near < above else [])):
             sturm.push(alphas[-1], betas[-1])
         if watch.passed:
             break
         stage = next((i for i, (_, pairs) in enumerate(goals) if step < pairs), len(goals) - 1)
-        if any(not mark.passed and mark.log >= level for mark in marks[: stage + 1]):
+        reached = any(not mark.passed and mark.log >= level for mark in marks[: stage + 1])
+        if reached and sure.log >= due:
             break
-        if beta <= max(BREAKDOWN * scale, 64.0 * noise):
+        stuck += copy.passed
+        if beta <= max(floor * scale, 64.0 * noise) or stuck > STUCK:
             broke = True
             break
         previous, q, last = q, w / beta, beta
     bound = hochstenbach(alphas, betas, level)
-    return Check(bound, watch.passed, broke, len(alphas))
+    certain = not sure.passed and sure.log >= due
+    few = (broke and stuck <= STUCK) or len(alphas) <= SOON
+    return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few)
 
 
 def bounded_run(
@@ -117,24 +166,57 @@ def bounded_run(
     above: float,
     goals: tuple[tuple[float, int], ...],
     failure: float,
+    content: Content | None = None,
+    near: float = math.inf,
 ) -> tuple[Check, Gram]:
-    """Do a ``complement_run``; where it breaks down, four more in float64. Return (what was seen, operator used).
+    """Do a ``complement_run``; where it breaks down, more in float64. Return (what was seen, operator used).
 
-    At a breakdown the bound is about β/δ above the largest Ritz value, and β, which ought to be 0, is rounding: a
-    loose bound. Four independent runs, each with failure probability ε^¼, all fail with probability ε only; so
-    the largest of their bounds holds, and 1/δ is the fourth root of what it was. Such runs are a few pairs long.
+    First one in float64 from another vector, if this one was not. Where that breaks down too, the bound is about
+    β/δ above the largest Ritz value, and β, which ought to be 0, is rounding: a loose bound. Four independent runs,
+    each with failure probability ε^¼, all fail with probability ε only; so the largest of their bounds holds, and
+    1/δ is the fourth root of what it was. Such runs are a few pairs long.
     """
-    check = complement_run(gram, vectors, source(""), above=above, goals=goals, failure=0.9 * failure)
+    check = complement_run(
+        gram,
+        vectors,
+        source(""),
+        above=above,
+        goals=goals,
+        failure=0.9 * failure,
+        content=content,
+        **({} if gram.double() is gram else {"floor": SMALL, "near": near}),
+    )
+    if check.broke and not check.above and gram.double() is not gram:
+        spent, few = check.steps, check.few
+        gram = gram.double()
+        check = complement_run(
+            gram,
+            vectors,
+            source(" in float64"),
+            above=above,
+            goals=tuple((value, max(1, pairs - spent)) for value, pairs in goals),
+            failure=0.9 * failure,
+            content=content,
+        )
+        check = replace(check, few=few)
     if not check.broke or check.above:
         return check, gram
-    gram = gram.double()
     part = (0.1 * failure) ** 0.25
+    each = content and Content(content.level, content.failure**0.25)
     runs = [
-        complement_run(gram, vectors, source(f" {name}"), above=above, goals=goals, failure=part)
+        complement_run(
+            gram, vectors, source(f" {name}"), above=above, goals=goals, failure=part, content=each
+        )
         for name in range(4)
     ]
-    seen = any(run.above for run in runs)
-    return Check(max(run.bound for run in runs), seen, True, sum(run.steps for run in runs)), gram
+    return Check(
+        bound=max(run.bound for run in runs),
+        above=any(run.above for run in runs),
+        broke=True,
+        steps=sum(run.steps for run in runs),
+        complete=all(run.complete for run in runs),
+        few=True,
+    ), gram
 
 
 @dataclass(frozen=True)
@@ -146,11 +228,15 @@ class Verdict:
             ≥ 1 − ``failure``.
         above: Whether something larger than the k-th value was seen on the complement.
         proven: Whether tau ≤ 1.05·(k-th value), or tau is below what the arithmetic resolves.
+        complete: Whether a larger value than the k-th would have been seen, with probability 1 − 1e-4.
+        few: Whether there are few distinct values, each with many copies.
     """
 
     tau: float
     above: bool
     proven: bool
+    complete: bool
+    few: bool = False
 
 
 def verify(
@@ -164,6 +250,7 @@ def verify(
     tight: bool,
     tol: float,
     failure: float,
+    complete: bool = True,
 ) -> Verdict:
     """Look for something above ``last`` on the complement of ``vectors``, and bound what is there.
 
@@ -178,6 +265,7 @@ def verify(
         tol: Relative residuals of the vectors: their values are accurate to about its square, and what they
             missed by that much is left on the complement.
         failure: Probability that ``tau`` does not hold.
+        complete: Whether to go on until a larger value than the k-th would have been seen.
     """
     slack = 2.0 * rounding_unit(gram) * first
     if slack > SHARP * last:
@@ -187,14 +275,18 @@ def verify(
     accept = max(MARGIN**2 * last, PROMISE**2 * first, 4.0 * slack)
     goal = max(min(accept, TIGHT**2 * first), 2.0 * slack) if tight else accept
     # Rounding of a Ritz value; inaccuracy of the values (second order); what inaccurate vectors leave behind.
-    margin = 3.0 * torch.finfo(gram.dtype).eps * first + tol**2 * (30.0 * last + 2.0 * first)
+    margin = 8.0 * torch.finfo(gram.dtype).eps * first + tol**2 * (30.0 * last + 2.0 * first)
+    fine = (math.sqrt(max(last, 0.0)) + FINE * tol * math.sqrt(first)) ** 2
+    above = max(last + margin, fine)
     check, gram = bounded_run(
         gram,
         vectors,
         source,
-        above=last + margin,
+        above=above,
         goals=((goal - slack, min(pairs, 100)), (accept - slack, pairs)),
         failure=failure,
+        content=Content(max(above, PROMISE**2 * first), MISSED) if complete else None,
+        near=last - 4.0 * (above - last) if complete else math.inf,
     )
     bound = check.bound + 2.0 * rounding_unit(gram) * first
-    return Verdict(bound**0.5, check.above, not check.above and bound <= accept)
+    return Verdict(bound**0.5, check.above, not check.above and bound <= accept, check.complete, check.few)

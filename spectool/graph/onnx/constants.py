@@ -202,6 +202,13 @@ class Constants:
             return self.checkpoint.read(entry.origins[0])
         return _to_torch(self.value(name))
 
+    def plain(self, name: str) -> str | None:
+        """Return the key of the stored tensor that a constant is; None if it is none, or not as it is."""
+        entry = self.table.get(name)
+        if entry is None or entry.node is not None or entry.depth or len(entry.origins) != 1:
+            return None
+        return entry.origins[0] if self._is_key(entry.origins[0], entry.shape) else None
+
     def provenance(self, name: str) -> tuple[str, Shape, Array] | None:
         """Return the one stored tensor that a constant is a rearrangement of.
 

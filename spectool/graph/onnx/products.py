@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from spectool.graph.onnx.state import Operation, State
 from spectool.graph.types import Call, Linear, Node, Value
 
@@ -61,8 +63,7 @@ def gemm(state: State, operation: Operation) -> None:
         state.values[product] = _like(state, operation.name, product)
         state.emit(Node(product, op, (x, weight), (product,)))
         if beta != 1.0:
-            state.emit(operation.boundary("its bias is computed from data and scaled"))
-            return
+            c = _scaled(state, operation, c, beta)
         state.emit(Node(operation.name, Call("onnx.Add", {}, 14), (product, c), operation.outputs))
         return
     bias = (c,) if c and beta == 1.0 else ()
@@ -97,6 +98,16 @@ def fused_gemm(state: State, operation: Operation) -> None:
     state.values[inner] = _like(state, operation.name, inner)
     gemm(state, replace(operation, kind="Gemm", domain="", outputs=(inner,)))
     state.emit(replace(operation, inputs=(inner,)).boundary())
+
+
+def _scaled(state: State, operation: Operation, name: str, factor: float) -> str:
+    """Return the name of a multiple of a value that flows."""
+    number, result = f"{operation.name}#beta", f"{operation.name}#bias"
+    dtype = state.dtype(name) or "float32"
+    state.constants.compute(number, [], (), dtype, lambda: np.asarray(factor, np.dtype(dtype)))
+    state.values[result] = replace(state.values[name], name=result)
+    state.emit(Node(result, Call("onnx.Mul", {}, 14), (name, number), (result,)))
+    return result
 
 
 def _skip_fused(state: State, operation: Operation) -> None:

@@ -115,6 +115,7 @@ def _survey(
         extras={name: tuple(items) for name, items in state.extras.items()},
         move=_mover(state),
         provenance=state.constants.provenance,
+        plain=state.constants.plain,
     )
     survey = survey_graph(graph, known, source="onnx", notes=state.notes)
     unsized = [

@@ -156,6 +156,12 @@ def _dropout(state: State, operation: Operation) -> None:
     state.emit(operation.boundary() if active else operation.call())
 
 
+def _scatter(state: State, operation: Operation) -> None:
+    reduction = operation.attributes.get("reduction", "none")
+    linear = reduction in ("none", "add", b"none", b"add")
+    state.emit(operation.call() if linear else operation.boundary())
+
+
 def _resize(state: State, operation: Operation) -> None:
     antialias = bool(operation.attributes.get("antialias"))
     state.emit(operation.boundary("antialiased resizing is not supported") if antialias else operation.call())
@@ -203,6 +209,8 @@ _STANDARD: Mapping[str, Translator] = {
     "Gather": _gather,
     "Dropout": _dropout,
     "Resize": _resize,
+    "ScatterElements": _scatter,
+    "ScatterND": _scatter,
     "QLinearConv": quantised.qlinear_conv,
     "QLinearMatMul": quantised.qlinear_matmul,
     "ConvInteger": quantised.conv_integer,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ast
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spectool.checkpoint.types import ScriptObject, ScriptProgram, StoredTensor
 from spectool.errors import GraphError
+from spectool.graph.inputs import Given
 from spectool.graph.program import survey_live
 from spectool.graph.script.interpret import Interpreter, parse
 from spectool.graph.types import Survey
@@ -18,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def survey_script(
-    checkpoint: Checkpoint, program: ScriptProgram, inputs: Mapping[str, Sequence[int]] | None
+    checkpoint: Checkpoint, program: ScriptProgram, inputs: Mapping[str, Given] | None
 ) -> Survey:
     """Find every operator of a TorchScript archive by interpreting its code on fake tensors.
 
     Args:
         checkpoint: The open archive.
         program: Its objects and code.
-        inputs: Input name → shape with the batch axis; ``""`` is the only input.
+        inputs: Input name → shape with the batch axis, or a number; ``""`` is the only input.
 
     Raises:
-        UsageError: If a shape is needed and missing.
+        UsageError: If an input is needed and missing.
         GraphError: If the code leaves what is understood.
     """
     root = build_module(checkpoint, program)
@@ -41,21 +44,18 @@ def build_module(checkpoint: Checkpoint, program: ScriptProgram) -> torch.nn.Mod
     root = session.module(program.root)
     if not isinstance(root, ScriptModule):
         raise GraphError(f"{checkpoint.path}: its root is no module")
+    root.input_hints = session.input_hints(root.script_class)
     return root
 
 
 class ScriptModule(torch.nn.Module):
     """A module of an archive; its code is interpreted."""
 
-    def __init__(self, session: _Session, cls: str) -> None:
+    def __init__(self, cls: str) -> None:
         super().__init__()
-        self.script_session = [session]  # in a list, or the session would be taken for a submodule's owner
         self.script_class = cls
         self.script_values: dict[str, Any] = {}
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        """Interpret the archive's forward."""
-        return self.script_session[0].method(self, "forward", list(arguments), named)
+        self.input_hints: Mapping[str, int | float] = {}
 
 
 class _Plain:
@@ -90,13 +90,46 @@ class _Session:
         if (source.cls, "forward") in self.library.methods or any(
             isinstance(value, (ScriptObject, StoredTensor)) for value in source.attributes.values()
         ):
-            made: Any = type(stem, (ScriptModule,), {})(self, source.cls)
+            made: Any = type(stem, (ScriptModule,), {"forward": self.forward(source.cls)})(source.cls)
         else:
             made = _Plain(source.cls)
         self.made[id(source)] = made
         for name, value in source.attributes.items():
             self._attach(made, name, value)
         return made
+
+    def forward(self, cls: str) -> Any:
+        """Return the forward of a class of the archive, which says what it takes as its code does."""
+
+        def forward(module: ScriptModule, *arguments: Any, **named: Any) -> Any:
+            """Interpret the archive's forward."""
+            return self.method(module, "forward", list(arguments), named)
+
+        function = self.library.methods.get((cls, "forward"))
+        if function is not None:
+            forward.__signature__ = signature(function)  # type: ignore[attr-defined]
+        return forward
+
+    def input_hints(self, cls: str) -> dict[str, int | float]:
+        """Return, for inputs of a class that its code compares with a constant, the first such constant."""
+        hints: dict[str, int | float] = {}
+        function = self.library.methods.get((cls, "forward"))
+        names = [argument.arg for argument in function.args.args[1:]] if function else []
+        for (owner, _), method in self.library.methods.items():
+            if owner != cls:
+                continue
+            for node in ast.walk(method):
+                match node:
+                    case ast.Call(
+                        func=ast.Attribute(attr="eq" | "ne"),
+                        args=[ast.Name(id=name), ast.Constant(value=value)],
+                    ):
+                        # Names that are set again get a number behind.
+                        plain = name.rstrip("0123456789")
+                        found = next((item for item in names if item in (name, plain)), None)
+                        if found is not None and isinstance(value, (int, float)):
+                            hints.setdefault(found, value)
+        return hints
 
     def _attach(self, made: Any, name: str, value: Any) -> None:
         if isinstance(value, ScriptObject):
@@ -169,8 +202,22 @@ class _Session:
                 self.running = False
 
 
-def parameter_names(program: ScriptProgram) -> list[str]:
-    """Return the names of forward's parameters, self left out."""
-    library = parse(program.code)
-    function = library.methods.get((program.root.cls, "forward"))
-    return [argument.arg for argument in function.args.args[1:]] if function else []
+def signature(function: ast.FunctionDef) -> inspect.Signature:
+    """Return the parameters of a method of an archive, their types as they are written."""
+    arguments, defaults = function.args.args, function.args.defaults
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    first = len(arguments) - len(defaults)
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                argument.arg,
+                kind,
+                annotation=ast.unparse(argument.annotation)
+                if argument.annotation
+                else inspect.Parameter.empty,
+                # Only that there is one counts; the interpreter reads the code's own.
+                default=inspect.Parameter.empty if place < first else None,
+            )
+            for place, argument in enumerate(arguments)
+        ]
+    )

@@ -1,0 +1,271 @@
+"""Choose a solver for a problem with one constant, run it, and bring the result to the limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectool.clip.bundle import Projection, bundle
+from spectool.clip.family import ConvFamily, Family
+from spectool.clip.leading import leading
+from spectool.clip.problem import Closed, Coordinates, Metric, Problem, closed_form, family_of
+from spectool.errors import OperatorError
+from spectool.linear import ConvGeometry
+from spectool.progress import Progress, silent
+
+Method = Literal["auto", "svd", "bundle", "symbol", "scale", "fastclip", "sedghi"]
+
+_MANY = 16
+"""Values above the limit from which on the symbol is the quicker way."""
+
+_SMALL = 20_000
+"""Entries of a kernel up to which the bundle is quick whatever the limit."""
+
+_GROUPS = 64
+"""Groups above the limit from which on they are solved together, by the symbol."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to project.
+
+    Attributes:
+        method: Solver; ``auto`` chooses.
+        exact: Whether to go on to within half a percent of the lower bound, whatever it takes.
+        all_sizes: Whether the bound is to hold for every input size.
+        seed: Of the start vectors.
+        device: Where to compute.
+    """
+
+    method: Method = "auto"
+    exact: bool = False
+    all_sizes: bool = False
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def gap(self) -> float:
+        """Relative distance to the lower bound at which to stop."""
+        return 0.004 if self.exact else 0.02
+
+
+@dataclass(frozen=True)
+class Projected:
+    """New values of the edited constants.
+
+    Attributes:
+        weights: Constant → value, float64.
+        metric: In which the change was minimised.
+        change: ‖x − x₀‖/‖x₀‖ of the result.
+        lower: Lower bound on that of any weights that obey the limits; None where there is none.
+        scaling: What plain scaling would have cost; None where scaling cannot reach the limit.
+        method: What made it, and why where there was a choice.
+        iterations: Rounds.
+        applications: Operator applications.
+        distance: Measures other values of the constants in the same metric.
+        note: Anything worth saying in words.
+    """
+
+    weights: Mapping[str, Tensor]
+    metric: Metric
+    change: float
+    lower: float | None
+    scaling: float | None
+    method: str
+    iterations: int
+    applications: int
+    distance: Callable[[Mapping[str, Tensor]], float]
+    note: str = ""
+
+
+def project(
+    problem: Problem, before: float, options: Options, progress: Progress = silent
+) -> Projected:
+    """Return the nearest value of the one edited constant of a problem.
+
+    Args:
+        problem: Constraints with one edited constant.
+        before: Largest σ₁ over limit of its constraints, as it is.
+        options: How.
+        progress: Receives steps.
+
+    Raises:
+        OperatorError: If no value of the constant obeys the limits, or a region cannot be built.
+    """
+    (name,) = problem.names
+    forms = [closed_form(c.region, name, problem.load) for c in problem.constraints]
+    scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
+    metric: Metric = "weights" if scale is None else "folded"
+    coordinates = Coordinates(problem.load(name).double(), scale, metric)
+    made, factor = _solve(problem, coordinates, forms, before, options, progress)
+    weight = coordinates.to_weight(made.weight.cpu().reshape(coordinates.weight.shape))
+    length = float(torch.linalg.vector_norm(coordinates.start))
+    return Projected(
+        weights={name: weight},
+        metric=metric,
+        change=coordinates.distance(weight),
+        lower=made.lower / length if made.lower > 0 else None,
+        scaling=1.0 - 1.0 / before if factor else None,
+        method=made.method,
+        iterations=made.iterations,
+        applications=made.applications,
+        distance=lambda values: coordinates.distance(values[name]),
+        note=made.note,
+    )
+
+
+def _solve(
+    problem: Problem,
+    coordinates: Coordinates,
+    forms: list[Closed | None],
+    before: float,
+    options: Options,
+    progress: Progress,
+) -> tuple[Projection, bool]:
+    """Return the projection in x, and whether scaling x scales the operators."""
+    form = forms[0] if len(forms) == 1 else None
+    limit = problem.constraints[0].limit
+    if form is not None and (form.kind == "infinite" or (options.all_sizes and form.geometry is not None)):
+        from spectool.clip.symbol import project_any_size
+
+        return _of_symbol(project_any_size(coordinates.start, _known(form), limit), "symbol, every size"), True
+    if options.all_sizes:
+        raise OperatorError(f"{problem.key}: a bound for every size needs a lone convolution")
+    family, limit = family_of(problem, coordinates, forms, options.device)
+    method, why = _choose(family, form, limit, coordinates, options)
+    if method == "svd":
+        return _svd(coordinates.start, form, limit), True
+    if method == "symbol":
+        return _symbol(family, _known(form), limit, coordinates, why), True
+    if method in ("scale", "fastclip", "sedghi"):
+        return _published(method, family, form, limit, before, coordinates, options), family.homogeneous
+    groups = form.geometry.groups if form is not None and form.geometry is not None else 1
+    if groups > 1 and form is not None:
+        return _grouped(coordinates.start, form, limit, options, progress), True
+    made = bundle(family, limit, gap=options.gap, seed=options.seed, progress=progress)
+    return replace(made, method=f"bundle ({why})"), family.homogeneous
+
+
+def _known(form: Closed | None) -> ConvGeometry:
+    if form is None or form.geometry is None:
+        raise OperatorError("only a lone convolution has a symbol", hint="use --method auto")
+    return form.geometry
+
+
+def _choose(
+    family: Family, form: Closed | None, limit: float, coordinates: Coordinates, options: Options
+) -> tuple[str, str]:
+    """Return (solver, why)."""
+    if options.method != "auto":
+        if options.method == "svd" and not _is_matrix(form, coordinates.weight):
+            raise OperatorError("an SVD is the projection of matrices only", hint="use --method auto")
+        return options.method, "asked for"
+    if _is_matrix(form, coordinates.weight):
+        return "svd", "a matrix"
+    if form is None or form.geometry is None:
+        return "bundle", "no lone convolution"
+    geometry = form.geometry
+    if geometry.padding_mode not in ("zeros", "circular") or options.exact:
+        return "bundle", "exact" if options.exact else f"{geometry.padding_mode} padding"
+    if geometry.groups > 1:
+        above = _groups_above(coordinates.start, form, limit)
+        return ("symbol" if len(above) > _GROUPS else "bundle"), f"{len(above)} groups above the limit"
+    if coordinates.weight.numel() <= _SMALL:
+        return "bundle", "a small kernel"
+    found = leading(
+        family.at(family.start), _MANY, torch.Generator().manual_seed(options.seed), level=limit, tol=0.1
+    )
+    family.applications += found.applications
+    above = int((found.values > limit).sum())
+    if above >= _MANY:
+        return "symbol", f"{_MANY} or more values above the limit"
+    return "bundle", f"{above} values above the limit"
+
+
+def _is_matrix(form: Closed | None, weight: Tensor) -> bool:
+    """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
+    if form is None:
+        return False
+    if form.kind == "matrix":
+        return True
+    g = form.geometry
+    if form.kind != "conv" or g is None or g.groups > 1:
+        return False
+    kernel = tuple(weight.shape[2:])
+    if max(kernel, default=1) == 1 and not g.transposed and g.padding_mode == "zeros":
+        return all(low >= 0 and high >= 0 for low, high in g.padding)
+    apart = all(s >= (k - 1) * d + 1 for s, k, d in zip(g.stride, kernel, g.dilation, strict=True))
+    return apart and not any(side for pair in g.padding for side in pair)
+
+
+def _svd(start: Tensor, form: Closed | None, limit: float) -> Projection:
+    from spectool.clip.published import svd_clip
+
+    # A convolution (out, in, *k) is a matrix (out, in·k) on every window, a transposed one (in, out·k).
+    made = svd_clip(start.reshape(len(start), -1), limit)
+    return replace(made, weight=made.weight.reshape(start.shape))
+
+
+def _groups_above(start: Tensor, form: Closed, limit: float) -> list[int]:
+    """Return the groups whose operator may exceed the limit (judged by a few steps of Lanczos)."""
+    families = _group_families(start, form)
+    source = torch.Generator().manual_seed(0)
+    above = []
+    for index, family in enumerate(families):
+        found = leading(family.at(family.start), 2, source, level=limit, tol=1e-4)
+        if float(found.values[0]) > limit * (1 - 1e-6):
+            above.append(index)
+    return above
+
+
+def _group_families(start: Tensor, form: Closed) -> list[Family]:
+    geometry, shape = _known(form), form.in_shape or ()
+    groups = geometry.groups
+    alone = replace(geometry, groups=1)
+    return [
+        ConvFamily(part, (shape[0] // groups, *shape[1:]), alone) for part in start.chunk(groups, dim=0)
+    ]
+
+
+def _grouped(start: Tensor, form: Closed, limit: float, options: Options, progress: Progress) -> Projection:
+    """Project the groups one by one; they are independent problems."""
+    above = set(_groups_above(start, form, limit))
+    parts, squares, rounds, spent = [], 0.0, 0, 0
+    for index, family in enumerate(_group_families(start, form)):
+        if index not in above:
+            parts.append(family.start)
+            continue
+        made = bundle(family, limit, gap=options.gap, seed=options.seed, progress=progress)
+        parts.append(made.weight)
+        squares += made.lower**2
+        rounds += made.iterations
+        spent += made.applications
+    note = f"{len(above)} of {_known(form).groups} groups above the limit"
+    return Projection(torch.cat(parts), math.sqrt(squares), "bundle, group by group", rounds, spent, note)
+
+
+def _symbol(
+    family: Family, geometry: ConvGeometry, limit: float, coordinates: Coordinates, why: str
+) -> Projection:
+    raise NotImplementedError
+
+
+def _of_symbol(made: object, method: str) -> Projection:
+    raise NotImplementedError
+
+
+def _published(
+    method: str,
+    family: Family,
+    form: Closed | None,
+    limit: float,
+    before: float,
+    coordinates: Coordinates,
+    options: Options,
+) -> Projection:
+    raise NotImplementedError

@@ -1,0 +1,25 @@
+"""Solve a problem with one edited constant, or with several."""
+
+from __future__ import annotations
+
+from spectool.clip.problem import Problem
+from spectool.clip.project import Options, Projected, project
+from spectool.errors import OperatorError
+from spectool.progress import Progress, silent
+
+
+def solve(problem: Problem, before: float, options: Options, progress: Progress = silent) -> Projected:
+    """Return values of the edited constants that obey the limits, as near to the old ones as can be had.
+
+    Args:
+        problem: What to solve.
+        before: Largest σ₁ over limit of its constraints, as it is.
+        options: How.
+        progress: Receives steps.
+
+    Raises:
+        OperatorError: If no values obey the limits, or a region cannot be built.
+    """
+    if len(problem.names) == 1:
+        return project(problem, before, options, progress)
+    raise OperatorError("several weights in one region")

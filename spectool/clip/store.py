@@ -1,0 +1,182 @@
+"""From a wanted weight to one that obeys the limit *as stored*: casts, rescales, repairs, and measures again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectool.clip.leading import leading
+from spectool.clip.problem import Constraint, Problem, operator_of
+from spectool.errors import OperatorError
+from spectool.graph.writing import Writer
+from spectool.linear import InfiniteConv
+from spectool.lower import lower
+from spectool.lower.replay import Load
+from spectool.spectrum import supremum, svds
+
+LOWEST = 3e-4
+"""How far below the limit σ₁ may end, relatively, where the stored type can come that close."""
+
+_TRIES = 12
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Values of stored tensors that obey the limits.
+
+    Attributes:
+        edits: Stored tensor → value, in its stored type.
+        load: Reads constants as they are with these values.
+        ratio: Largest σ₁ over limit.
+        matvecs: Operator applications spent on measuring.
+    """
+
+    edits: Mapping[str, Tensor]
+    load: Load
+    ratio: float
+    matvecs: int
+
+
+Types = Callable[[str], torch.dtype]
+
+
+def worst_ratio(constraints: tuple[Constraint, ...], load: Load, *, seed: int = 0) -> tuple[float, int]:
+    """Return (largest σ₁/limit of some regions, applications), each by a cold start in float64."""
+    worst, spent = 0.0, 0
+    for constraint in constraints:
+        made = lower(constraint.region, load, dtype=torch.float64)
+        if isinstance(made, InfiniteConv):
+            found = supremum(made)
+            worst = max(worst, found.upper[0] / constraint.limit)
+            continue
+        found = svds(made, 1, tol=1e-6, seed=seed)
+        worst, spent = max(worst, found.values[0] / constraint.limit), spent + found.matvecs
+    return worst, spent
+
+
+def store(
+    problem: Problem, wanted: Mapping[str, Tensor], writer: Writer, types: Types, read: Load, *, seed: int = 0
+) -> Stored:
+    """Return stored values near ``wanted`` whose operators obey their limits.
+
+    Float32 and float64 are cast and rescaled by what the measurement is off. A half type moves σ₁ by up to 1e-3 when
+    cast; there the roundings of single entries are repaired first (``_repaired``), and what is left is scaled.
+
+    Args:
+        problem: The constraints.
+        wanted: Constant → value in float64, at the limit up to about 3e-4.
+        writer: The way back to stored tensors.
+        types: Stored type of a stored tensor.
+        read: Reads a stored tensor.
+        seed: Of the measurements.
+
+    Raises:
+        OperatorError: If no such values were found.
+    """
+    start = {name: problem.load(name).double() for name in wanted}
+    current, factor, spent = dict(wanted), 1.0, 0
+    best: Stored | None = None
+    margin = 1e-9
+    for _ in range(_TRIES):
+        scaled = {name: value * factor for name, value in current.items()}
+        made, ratio, cost = _measured(problem, scaled, writer, types, read, seed)
+        spent += cost
+        if ratio <= 1.0 and (best is None or ratio > best.ratio):
+            best = Stored(made, writer.reload(made), ratio, spent)
+        if ratio > 1.0:
+            factor *= (1.0 - margin) / ratio
+            margin *= 4.0
+        elif ratio < 1.0 - LOWEST and best is not None and margin < 1e-6:
+            # Too far below: back on the way to the start, which only comes nearer to it.
+            current = _towards(problem, scaled, start, ratio, writer, seed)
+            factor = 1.0
+            margin *= 4.0
+        else:
+            break
+    if best is None:
+        raise OperatorError(f"{problem.key}: no stored value was found that obeys the limit")
+    return Stored(best.edits, best.load, best.ratio, spent)
+
+
+def _measured(
+    problem: Problem, weights: Mapping[str, Tensor], writer: Writer, types: Types, read: Load, seed: int
+) -> tuple[dict[str, Tensor], float, int]:
+    edits = {key: value.to(types(key)) for key, value in writer.edits(weights, read).items()}
+    ratio, spent = worst_ratio(problem.constraints, writer.reload(edits), seed=seed)
+    return edits, ratio, spent
+
+
+def _towards(
+    problem: Problem,
+    low: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    ratio: float,
+    writer: Writer,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Return weights between ``low`` and ``start`` at the limit: σ₁ is convex along the way, so bisection finds it."""
+    below, above = 0.0, 1.0
+    for _ in range(40):
+        # Invariant: at ``below`` the limits hold.
+        middle = 0.5 * (below + above)
+        mixed = {name: torch.lerp(low[name], start[name], middle) for name in low}
+        load = _replaced(problem.load, mixed)
+        found, _ = worst_ratio(problem.constraints, load, seed=seed)
+        below, above = (middle, above) if found <= 1.0 else (below, middle)
+        if 1.0 - LOWEST / 10 <= found <= 1.0:
+            break
+    return {name: torch.lerp(low[name], start[name], below) for name in low}
+
+
+def _replaced(load: Load, values: Mapping[str, Tensor]) -> Load:
+    return lambda name: values[name] if name in values else load(name)
+
+
+def prove_limit(
+    problem: Problem,
+    wanted: Mapping[str, Tensor],
+    stored: Stored,
+    writer: Writer,
+    types: Types,
+    read: Load,
+    *,
+    seed: int = 0,
+) -> Stored:
+    """Return stored values whose *proven* bounds are within the limits, by scaling what is stored.
+
+    A bound that scales with the operator (all do) exceeds the limit by some factor, usually below 1.02; the weights
+    are divided by it and measured again.
+
+    Raises:
+        OperatorError: If there is no deterministic bound.
+    """
+    factor, spent = 1.0, stored.matvecs
+    for _ in range(_TRIES):
+        worst, cost = _proven_ratio(problem.constraints, stored.load, seed)
+        spent += cost
+        if worst <= 1.0:
+            return Stored(stored.edits, stored.load, stored.ratio, spent)
+        factor *= (1.0 - 1e-7) / worst
+        scaled = {name: value * factor for name, value in wanted.items()}
+        edits, ratio, cost = _measured(problem, scaled, writer, types, read, seed)
+        spent += cost
+        stored = Stored(edits, writer.reload(edits), ratio, spent)
+    raise OperatorError(f"{problem.key}: no bound within the limit could be proven")
+
+
+def _proven_ratio(constraints: tuple[Constraint, ...], load: Load, seed: int) -> tuple[float, int]:
+    worst, spent = 0.0, 0
+    for constraint in constraints:
+        made = lower(constraint.region, load, dtype=torch.float32)
+        if isinstance(made, InfiniteConv):
+            worst = max(worst, supremum(made).upper[0] / constraint.limit)
+            continue
+        found = svds(made, 1, certify=True, seed=seed)
+        spent += found.matvecs
+        if found.upper_kind in ("probabilistic", "none"):
+            raise OperatorError(f"{constraint.region.key}: there is no deterministic bound")
+        worst = max(worst, found.upper[0] / constraint.limit)
+    return worst, spent
