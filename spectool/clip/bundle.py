@@ -21,13 +21,14 @@ from torch import Tensor
 from spectool.clip.family import Family, flat
 from spectool.clip.interior import minimise, smat, svec, svec_index
 from spectool.clip.leading import Leading, leading
+from spectool.errors import OperatorError
 from spectool.progress import Progress, Step, silent
 
 BLOCK = 16
 """Leading pairs that join per round."""
 
-SUBSPACE = 48
-"""Pairs the dual variable may live on: 1176 unknowns."""
+SUBSPACE = 32
+"""Pairs the dual variable may live on: 528 unknowns."""
 
 _PAIR_BYTES = 1 << 29
 _FEWEST = 24
@@ -81,10 +82,13 @@ def bundle(
     """
     source = torch.Generator().manual_seed(seed)
     start = family.start
-    subspace = max(_FEWEST, min(subspace, int((2 * _PAIR_BYTES / (start.numel() * start.element_size())) ** 0.5)))
+    subspace = max(
+        _FEWEST, min(subspace, int((2 * _PAIR_BYTES / (start.numel() * start.element_size())) ** 0.5))
+    )
     block = min(block, subspace // 2)
     found = leading(family.at(start), block, source, level=limit, tol=1e-2)
     spent = found.applications
+    fixed = 0.0 if family.homogeneous else _norm(family, torch.zeros_like(start), source)
     dual = _Dual(family, limit)
     best, nearest, lower, count = math.inf, start, 0.0, 0
     while count < rounds:
@@ -97,25 +101,61 @@ def bundle(
         )
         spent += found.applications
         top = float(found.values[0])
-        # Feasible candidates: w itself, or w scaled down. Where scaling is none (B ≠ 0), w once it is near enough.
-        if top <= limit or family.homogeneous:
-            candidate = weight * min(1.0, limit / top)
-        elif top <= limit * (1 + 2e-4):
-            candidate = weight
-        else:
-            candidate = None
-        if candidate is not None:
+        # A feasible candidate: w itself, or w scaled down; σ₁ is convex on the way to the fixed part alone.
+        shrink = 1.0 if top <= limit else (limit - fixed) / (top - fixed)
+        if shrink > 0:
+            candidate = weight * shrink
             change = float(torch.linalg.vector_norm(candidate - start))
             if change < best:
                 best, nearest = change, candidate
+        elif top <= limit * (1 + 2e-4) and lower < best:
+            best, nearest = float(torch.linalg.vector_norm(weight - start)), weight
         residual = best / lower - 1.0 if lower > 0 else math.inf
-        progress(Step("bundle", matvecs=spent + family.applications, residual=residual))
+        progress(
+            Step("bundle", matvecs=spent + family.applications, residual=residual, message=f"round {count}")
+        )
         if residual <= gap:
             break
     if math.isinf(best):
-        nearest = weight
+        raise OperatorError(
+            f"no weight was found that brings σ₁ to {limit:g}: {fixed:g} of it does not depend on the weight",
+            hint="raise the limit",
+        )
     note = "" if best <= lower * (1 + gap) else f"stopped after {count} rounds"
     return Projection(nearest, lower, "bundle", count, spent + family.applications, note)
+
+
+def lower_bound(family: Family, limit: float, weight: Tensor, *, seed: int = 0) -> float:
+    """Return a lower bound on ‖w′ − w₀‖ over all w′ that obey the limit, from the leading pairs at ``weight``.
+
+    Any dual variable gives one; that of the best Z on the pairs which some good weight leaves at the limit is
+    close to the truth where few do.
+
+    Args:
+        family: The operators.
+        limit: c.
+        weight: A weight at the limit.
+        seed: Of the start vectors.
+    """
+    source = torch.Generator().manual_seed(seed)
+    dual, bound = _Dual(family, limit), 0.0
+    found = leading(family.at(weight), 2 * BLOCK, source, level=limit * (1 - 1e-3), tol=1e-2, blocks=12)
+    family.applications += found.applications
+    for _ in range(2):
+        dual.extend(found, SUBSPACE - BLOCK)
+        weight, now = dual.solve()
+        bound = max(bound, now)
+        found = leading(
+            family.at(weight), BLOCK, source, start=flat(found.right), level=limit, tol=1e-2, blocks=8
+        )
+        family.applications += found.applications
+    return bound
+
+
+def _norm(family: Family, weight: Tensor, source: torch.Generator) -> float:
+    found = leading(family.at(weight), 2, source, tol=1e-5)
+    family.applications += found.applications
+    return float(found.values[0])
 
 
 class _Dual:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
+from spectool.clip.sums import DirectSum
 from spectool.linear import ConvGeometry, ConvMap, LinearMap, MatrixMap
 
 _CHUNK_BYTES = 1 << 27
@@ -26,7 +27,9 @@ class Family:
         applications: Operator applications and weight gradients so far, per vector.
     """
 
-    def __init__(self, build: Callable[[Tensor], LinearMap], start: Tensor, *, homogeneous: bool = True) -> None:
+    def __init__(
+        self, build: Callable[[Tensor], LinearMap], start: Tensor, *, homogeneous: bool = True
+    ) -> None:
         self._build, self.start, self.homogeneous = build, start.detach(), homogeneous
         self.applications = 0
 
@@ -55,20 +58,72 @@ class Family:
         """
         p = len(left)
         made = left.new_empty(p * (p + 1) // 2, self.start.numel())
-        rows, columns = torch.triu_indices(p, p).tolist()
-        for index, (i, j) in enumerate(zip(rows, columns, strict=True)):
-            if i == j:
-                made[index] = self.pull(left[i : i + 1], right[i : i + 1]).flatten()
-            else:
-                made[index] = self.pull(left[[i, j]], right[[j, i]]).flatten().mul_(0.5**0.5)
+        weight = self.start.clone().requires_grad_()
+        with torch.enable_grad():
+            A = self._build(weight)
+            moved = [A.matvec(right[j : j + 1])[0] for j in range(p)]
+            for index, (i, j) in enumerate(zip(*torch.triu_indices(p, p).tolist(), strict=True)):
+                total = (moved[j] * left[i]).sum() + (moved[i] * left[j]).sum()
+                (gradient,) = torch.autograd.grad(total, weight, retain_graph=True)
+                made[index] = gradient.flatten() * (0.5 if i == j else 0.5**0.5)
+        self.applications += p * (p + 2)
         return made
 
 
 class MatrixFamily(Family):
-    """The matrices themselves."""
+    """The matrices themselves, at any number of positions: ``(*positions, in)`` to ``(*positions, out)``.
 
-    def __init__(self, start: Tensor) -> None:
-        super().__init__(lambda weight: MatrixMap(weight, dtype=start.dtype, device=start.device), start)
+    Args:
+        start: ``(out, in)``, or ``(in, out)`` if ``transposed``.
+        positions: Shape in front of the features.
+        transposed: Whether the weight is the transposed matrix.
+        factor: Number that the product is multiplied by.
+    """
+
+    def __init__(
+        self, start: Tensor, positions: tuple[int, ...] = (), *, transposed: bool = False, factor: float = 1.0
+    ) -> None:
+        def build(weight: Tensor) -> LinearMap:
+            matrix = (weight.T if transposed else weight) * factor
+            if not positions:
+                return MatrixMap(matrix, dtype=start.dtype, device=start.device)
+            return Positioned(matrix, positions)
+
+        super().__init__(build, start)
+        self._transposed, self._factor = transposed, factor
+
+    def pairs(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return what ``Family.pairs`` returns, by products of matrices."""
+        p, out, features = len(left), left.shape[-1], right.shape[-1]
+        u, v = left.reshape(p, -1, out).transpose(1, 2), right.reshape(p, -1, features).transpose(1, 2)
+        made = _pair_products(u, v)
+        self.applications += p * (p + 1)
+        if self._factor != 1.0:
+            made *= self._factor
+        if self._transposed:
+            made = made.reshape(-1, out, features).transpose(1, 2).reshape(len(made), -1)
+        return made
+
+
+class Positioned:
+    """One matrix applied at every position: ``(*positions, in)`` to ``(*positions, out)``."""
+
+    def __init__(self, matrix: Tensor, positions: tuple[int, ...]) -> None:
+        self._matrix = matrix
+        self.dtype, self.device = matrix.dtype, matrix.device
+        self.in_shape, self.out_shape = (*positions, matrix.shape[1]), (*positions, matrix.shape[0])
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """Apply the matrix to ``(b, *positions, in)``."""
+        return x @ self._matrix.T
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        """Apply its transpose to ``(b, *positions, out)``."""
+        return y @ self._matrix
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Positioned:
+        """Return the same operator in another type or on another device."""
+        return Positioned(self._matrix.to(device=device, dtype=dtype), self.in_shape[:-1])
 
 
 class ConvFamily(Family):
@@ -90,20 +145,87 @@ class ConvFamily(Family):
         narrow, wide = (right, left) if self._geometry.transposed else (left, right)
         patches = self._patches(wide)  # (p, channels · taps, positions)
         narrow = narrow.flatten(2)  # (p, channels, positions)
-        p, positions = len(narrow), narrow.shape[2]
-        rows, columns = torch.triu_indices(p, p)
-        made = left.new_empty(len(rows), self.start.numel())
-        per_pair = 2 * positions * (narrow.shape[1] + patches.shape[1]) * narrow.element_size()
-        step = max(1, _CHUNK_BYTES // per_pair)
-        for begin in range(0, len(rows), step):
-            i, j = rows[begin : begin + step], columns[begin : begin + step]
-            a = torch.cat([narrow[i], narrow[j]], dim=2)
-            b = torch.cat([patches[j], patches[i]], dim=2)
-            factor = torch.full(i.shape, 0.5**0.5, dtype=a.dtype)
-            factor[i == j] = 0.5
-            made[begin : begin + step] = torch.bmm(a, b.transpose(1, 2)).flatten(1) * factor[:, None]
+        p = len(narrow)
+        made = _pair_products(narrow, patches)
         self.applications += p * (p + 1)
         return made
+
+
+class ScaledFamily(Family):
+    """The operators of another family in coordinates x = s·w; entries with s = 0 do not count.
+
+    Args:
+        inner: The operators as functions of w.
+        scale: s, broadcastable to w.
+    """
+
+    def __init__(self, inner: Family, scale: Tensor) -> None:
+        scale = scale.to(inner.start).expand(inner.start.shape)
+        self._inner, self._per = (
+            inner,
+            torch.where(scale == 0, 0.0, 1.0 / torch.where(scale == 0, 1.0, scale)),
+        )
+        fixed = torch.where(scale == 0, inner.start, 0.0)
+        super().__init__(
+            lambda x: inner.at(x * self._per + fixed), inner.start * scale, homogeneous=inner.homogeneous
+        )
+
+    def pull(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner gradient over s."""
+        return self._inner.pull(left, right) * self._per
+
+    def pairs(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner gradients over s."""
+        return self._inner.pairs(left, right) * self._per.flatten()
+
+
+class SumFamily(Family):
+    """The direct sum of several operators of one weight, each times its factor."""
+
+    def __init__(self, families: Sequence[Family], factors: Sequence[float]) -> None:
+        super().__init__(
+            lambda weight: DirectSum([family.at(weight) for family in families], factors),
+            families[0].start,
+            homogeneous=all(family.homogeneous for family in families),
+        )
+        self._families, self._factors = tuple(families), tuple(factors)
+
+    def pairs(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the sum of what the families return for their parts of the vectors."""
+        made: Tensor | None = None
+        begin_out = begin_in = 0
+        for family, factor in zip(self._families, self._factors, strict=True):
+            A = family.at(family.start)
+            out, size = prod(A.out_shape), prod(A.in_shape)
+            u = left[:, begin_out : begin_out + out].reshape(-1, *A.out_shape)
+            v = right[:, begin_in : begin_in + size].reshape(-1, *A.in_shape)
+            part = family.pairs(u, v) * factor
+            made = part if made is None else made + part
+            begin_out, begin_in = begin_out + out, begin_in + size
+        if made is None:
+            raise ValueError("a direct sum of nothing")
+        return made
+
+
+def _pair_products(u: Tensor, v: Tensor) -> Tensor:
+    """Return ½(uᵢvⱼᵀ + uⱼvᵢᵀ), summed over positions, for i ≤ j, off-diagonal rows times √2.
+
+    Args:
+        u: ``(p, rows, positions)``.
+        v: ``(p, columns, positions)``.
+    """
+    p, positions = len(u), u.shape[2]
+    i_all, j_all = torch.triu_indices(p, p)
+    made = u.new_empty(len(i_all), u.shape[1] * v.shape[1])
+    per_pair = 2 * positions * (u.shape[1] + v.shape[1]) * u.element_size()
+    step = max(1, _CHUNK_BYTES // per_pair)
+    for begin in range(0, len(i_all), step):
+        i, j = i_all[begin : begin + step], j_all[begin : begin + step]
+        a, b = torch.cat([u[i], u[j]], dim=2), torch.cat([v[j], v[i]], dim=2)
+        factor = torch.full(i.shape, 0.5**0.5, dtype=u.dtype)
+        factor[i == j] = 0.5
+        made[begin : begin + step] = torch.bmm(a, b.transpose(1, 2)).flatten(1) * factor[:, None]
+    return made
 
 
 def _patches(
@@ -112,7 +234,9 @@ def _patches(
     """Return the map from vectors of the wide side to ``(p, channels · taps, positions)``."""
     wide = A.out_shape if geometry.transposed else A.in_shape
     channels, taps = wide[0], prod(kernel)
-    one_hot = torch.eye(taps, dtype=like.dtype).reshape(taps, 1, *kernel).repeat(channels, *[1] * (len(kernel) + 1))
+    one_hot = (
+        torch.eye(taps, dtype=like.dtype).reshape(taps, 1, *kernel).repeat(channels, *[1] * (len(kernel) + 1))
+    )
     each = replace(geometry, groups=channels)
     if geometry.transposed:
         spread = ConvMap(one_hot, (channels * taps, *A.in_shape[1:]), each, dtype=like.dtype)

@@ -40,7 +40,7 @@ def smat(vector: Tensor, p: int) -> Tensor:
     return matrix
 
 
-def minimise(gram: Tensor, linear: Tensor, p: int, *, tol: float = 1e-9) -> Tensor:
+def minimise(gram: Tensor, linear: Tensor, p: int, *, tol: float = 1e-8) -> Tensor:
     """Return the minimiser y ``(p(p+1)/2 + extra,)``, strictly inside the cone.
 
     Args:

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectool.clip.family import ConvFamily, Family, MatrixFamily
+from spectool.clip.family import ConvFamily, Family, MatrixFamily, ScaledFamily, SumFamily
 from spectool.clip.replayed import Replayed, region_function
-from spectool.clip.sums import DirectSum
+from spectool.clip.split import split
 from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Region
 from spectool.graph.writing import Writer
@@ -279,27 +279,44 @@ def family_of(
     """
     (name,) = problem.names
     dtype = _arithmetic(problem, coordinates)
-    start = coordinates.start.to(dtype=dtype, device=device)
-    if len(forms) == 1 and forms[0] is not None and _same(forms[0].scale, coordinates.scale):
-        form, limit = forms[0], problem.constraints[0].limit
+    families = [
+        _family(constraint.region, name, coordinates, form, problem.load, dtype, device)
+        for constraint, form in zip(problem.constraints, forms, strict=True)
+    ]
+    if len(families) == 1:
+        return families[0], problem.constraints[0].limit
+    return SumFamily(families, [1.0 / c.limit for c in problem.constraints]), 1.0
+
+
+def _family(
+    region: Region,
+    name: str,
+    coordinates: Coordinates,
+    form: Closed | None,
+    load: Load,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Family:
+    """Return one region as a function of x."""
+    scale = coordinates.scale
+    if form is not None and form.kind == "infinite":
+        raise OperatorError(f"{region.key}: its input size is not known", hint="give --input")
+    if form is not None and _same(form.scale, scale):
+        start = coordinates.start.to(dtype=dtype, device=device)
         if form.kind == "conv" and form.geometry is not None and form.in_shape is not None:
-            return ConvFamily(start, form.in_shape, form.geometry), limit
+            return ConvFamily(start, form.in_shape, form.geometry)
         if form.kind == "matrix":
-            return MatrixFamily(start), limit
-    makers = [operator_of(c.region, problem.load, dtype, device) for c in problem.constraints]
-    factors = [1.0 / c.limit for c in problem.constraints]
-    scale = None if coordinates.scale is None else coordinates.scale.to(dtype=dtype, device=device)
-    fixed = coordinates.weight.to(dtype=dtype, device=device)
+            return MatrixFamily(start, transposed=form.transposed)
+    weight = coordinates.weight.to(dtype=dtype, device=device)
+    family = split(region, name, weight, load, dtype, device)
+    if family is None:
+        make = operator_of(region, load, dtype, device)
 
-    def build(x: Tensor) -> LinearMap:
-        weight = x
-        if scale is not None:
-            weight = torch.where(scale == 0, fixed, x / torch.where(scale == 0, 1.0, scale))
-        maps = [make({name: weight}) for make in makers]
-        return maps[0] if len(maps) == 1 else DirectSum(maps, factors)
+        def build(value: Tensor) -> LinearMap:
+            return make({name: value})
 
-    limit = problem.constraints[0].limit if len(makers) == 1 else 1.0
-    return Family(build, start, homogeneous=_homogeneous(build, start)), limit
+        family = Family(build, weight, homogeneous=_homogeneous(build, weight))
+    return family if scale is None else ScaledFamily(family, scale)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectool.clip.leading import leading
-from spectool.clip.problem import Constraint, Problem, operator_of
+from spectool.clip.problem import Constraint, Problem
 from spectool.errors import OperatorError
 from spectool.graph.writing import Writer
 from spectool.linear import InfiniteConv

@@ -39,10 +39,12 @@ def project_on(
         if not bool(over.all()):
             top = max(top, float(before[~over].max()))
         if bool(over.any()):
-            found = _solve(made, components[over], limit, tol, gap, seed)
-            result[first : first + step][over] = made.join(found.components)
-            square += float(found.lower.square().sum())
-            top, iterations = max(top, float(found.tops.max())), max(iterations, found.iterations)
+            # In units of the limit: the descent is in float32.
+            found = _solve(made, components[over] / limit, before[over] / limit, 1.0, tol, gap, seed)
+            result[first : first + step][over] = made.join(found.components) * limit
+            square += float(found.lower.square().sum()) * limit**2
+            top = max(top, float(found.tops.max()) * limit)
+            iterations = max(iterations, found.iterations)
     return result, math.sqrt(square), top, iterations
 
 
@@ -54,14 +56,16 @@ class _Found:
     iterations: int
 
 
-def _solve(made: SymbolMap, components: Tensor, limit: float, tol: float, gap: float, seed: int) -> _Found:
-    """Project groups that all exceed the limit."""
+def _solve(
+    made: SymbolMap, components: Tensor, before: Tensor, limit: float, tol: float, gap: float, seed: int
+) -> _Found:
+    """Project groups whose largest values, ``before``, all exceed the limit; at worst they are scaled."""
     groups = len(components)
     left, right = _start(made, components, limit, seed)
     state = Factored(made, components.float(), limit, left, right)
-    best = torch.zeros_like(components)
-    change = torch.full((groups,), math.inf, dtype=torch.float64)
-    lower, top = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
+    best = components / _wide(before, components)
+    change = torch.linalg.vector_norm((best - components).flatten(1), dim=1)
+    lower, top = torch.zeros_like(change), torch.full_like(change, limit)
     still = torch.arange(groups)
     while True:
         taken = state.iterations

@@ -114,7 +114,7 @@ def half_grid(grid: Sequence[int]) -> Tensor:
     index, mirror = torch.zeros(len(places), dtype=torch.long), torch.zeros(len(places), dtype=torch.long)
     for axis, m in enumerate(grid):
         index, mirror = index * m + places[:, axis], mirror * m + mirrored[:, axis]
-    return places[index <= mirror].double() * (2 * pi / sizes)
+    return places[index <= mirror].double() * (2 * pi / sizes.double())
 
 
 def reduced_stride(geometry: ConvGeometry) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from spectool.clip.symbol_map import SymbolMap
 
 _MEMORY = 12
 _MEMORY_BYTES = 1 << 29
+_TINY = 1e-30
 _SMALL = 64  # entries of a product below which multiplying and adding beats a batched product
 
 
@@ -45,6 +46,7 @@ class Factored:
         self._out = left.shape[2]
         self._steps: list[Tensor] = []
         self._turns: list[Tensor] = []
+        self._unit = components.new_ones(len(components))  # inverse curvature along the last good step
         each = 2 * x.numel() * x.element_size()
         self._memory = max(3, min(_MEMORY, _MEMORY_BYTES // max(1, each)))
         self._x, self._rest = self._rescaled(x)
@@ -58,7 +60,7 @@ class Factored:
 
     def error(self) -> Tensor:
         """Return ‖∇F‖ / (c‖(P, Q)‖) ``(groups,)``."""
-        return _norm(self._gradient) / (self._limit * _norm(self._x) + 1e-300)
+        return _norm(self._gradient) / (self._limit * _norm(self._x) + _TINY)
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with some of the groups."""
@@ -66,6 +68,7 @@ class Factored:
         self._gradient = self._gradient[chosen]
         self._steps = [step[chosen] for step in self._steps]
         self._turns = [turn[chosen] for turn in self._turns]
+        self._unit = self._unit[chosen]
         self.groups = len(self._x)
 
     def run(self, iterations: int, tol: float) -> None:
@@ -81,7 +84,7 @@ class Factored:
         image = self._image(x)
         gain = _inner(image, self._start) - 0.5 * self._limit * _inner(x, x)
         square = _inner(image, image)
-        factor = (gain / square.clamp_min(1e-30)).clamp_min(1e-6)  # zero would be a saddle point
+        factor = (gain / square.clamp_min(_TINY)).clamp_min(1e-6)  # zero would be a saddle point
         return x * _wide(factor.sqrt(), x), self._start - image * _wide(factor, image)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -102,13 +105,12 @@ class Factored:
         if not self._steps:
             return q
         weights = []
-        inner = [_inner(s, y).clamp_min(1e-300) for s, y in zip(self._steps, self._turns, strict=True)]
+        inner = [_inner(s, y).clamp_min(_TINY) for s, y in zip(self._steps, self._turns, strict=True)]
         for s, y, sy in zip(reversed(self._steps), reversed(self._turns), reversed(inner), strict=True):
             weight = _inner(s, q) / sy
             weights.append(weight)
             q = q - _wide(weight, y) * y
-        newest = self._turns[-1]
-        q = q * _wide(inner[-1] / _inner(newest, newest).clamp_min(1e-300), q)
+        q = q * _wide(self._unit, q)
         for s, y, sy, weight in zip(self._steps, self._turns, inner, reversed(weights), strict=True):
             q = q + _wide(weight - _inner(y, q) / sy, s) * s
         # Where rounding spoilt it: steepest descent.
@@ -136,9 +138,11 @@ class Factored:
         self._gradient = self._slope()
         turn = self._gradient - old
         # A pair that bends the wrong way counts for nothing in its group.
-        fine = _inner(step, turn) > 1e-12 * _norm(step) * _norm(turn)
+        bend_along, square = _inner(step, turn), _inner(turn, turn)
+        fine = (bend_along > 1e-12 * _norm(step) * square.sqrt()) & (bend_along > _TINY)
+        self._unit = torch.where(fine, bend_along / square.clamp_min(_TINY), self._unit)
         if not bool(fine.all()):
-            step = torch.where(_wide(fine, step), step, torch.zeros_like(step))
+            step, turn = step * _wide(fine, step), turn * _wide(fine, turn)
         self._steps, self._turns = self._steps[1 - self._memory :], self._turns[1 - self._memory :]
         self._steps.append(step)
         self._turns.append(turn)
@@ -177,7 +181,7 @@ def best_step(a1: Tensor, a2: Tensor, a3: Tensor, a4: Tensor) -> Tensor:
     companion[:, 1, 0] = companion[:, 2, 1] = 1.0
     companion = companion.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     roots = torch.linalg.eigvals(companion)
-    real = (roots.imag.abs() <= 1e-6 * roots.abs()) & (roots.real > 1e-12)
+    real = (roots.imag.abs() <= 1e-6 * roots.abs()) & (roots.real > 0)
     t = torch.where(real, scale[:, None] / roots.real, 0.0)
     worth = ((a4[:, None] * t + a3[:, None]) * t + a2[:, None]) * t * t + a1[:, None] * t
     best = worth.nan_to_num(nan=0.0).argmin(dim=1, keepdim=True)
