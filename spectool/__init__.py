@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectool.api import check, inspect, ls, svds
+    from spectool.api import check, clip, inspect, ls, svds
     from spectool.errors import SpectoolError
     from spectool.report.check import CheckReport, CheckRow
+    from spectool.report.clip import ClipReport, ClipRow
     from spectool.report.row import Report, Row
     from spectool.spectrum.types import Spectrum
 
@@ -15,12 +18,15 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckReport",
     "CheckRow",
+    "ClipReport",
+    "ClipRow",
     "Report",
     "Row",
     "SpectoolError",
     "Spectrum",
     "__version__",
     "check",
+    "clip",
     "inspect",
     "ls",
     "svds",
@@ -28,11 +34,14 @@ __all__ = [
 
 _HOMES = {
     "check": "spectool.api",
+    "clip": "spectool.api",
     "inspect": "spectool.api",
     "ls": "spectool.api",
     "svds": "spectool.api",
     "CheckReport": "spectool.report.check",
     "CheckRow": "spectool.report.check",
+    "ClipReport": "spectool.report.clip",
+    "ClipRow": "spectool.report.clip",
     "Report": "spectool.report.row",
     "Row": "spectool.report.row",
     "Spectrum": "spectool.spectrum.types",
@@ -47,3 +56,31 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+class _Both(ModuleType):
+    """A package that is called like a function and is that function, too."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from spectool.api.clipping import clip
+
+        return clip(*arguments, **options)
+
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        from spectool.api.clipping import clip
+
+        return signature(clip)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `spectool.clip` is a function of the library; importing the package of that name would put it in its place.
+        if name == "clip" and isinstance(value, ModuleType):
+            value.__class__ = _Both
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectool.api.checking import check
+    from spectool.api.clipping import clip
     from spectool.api.inspecting import inspect
     from spectool.api.listing import ls
     from spectool.api.operators import svds
 
-__all__ = ["check", "inspect", "ls", "svds"]
+__all__ = ["check", "clip", "inspect", "ls", "svds"]
 
-_HOMES = {"check": "checking", "inspect": "inspecting", "ls": "listing", "svds": "operators"}
+_HOMES = {
+    "check": "checking",
+    "clip": "clipping",
+    "inspect": "inspecting",
+    "ls": "listing",
+    "svds": "operators",
+}
 
 
 def __getattr__(name: str) -> Any:

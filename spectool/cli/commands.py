@@ -11,13 +11,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spectool import __version__
-from spectool.cli import check, inspect, ls
+from spectool.cli import check, clip, inspect, ls
 from spectool.cli.options import COMPUTE, MESSAGES, OUTPUT, SELECT
 from spectool.errors import UsageError
 
 EXAMPLES = """
 spectool inspect net.onnx                                 singular values of every layer
 spectool inspect net.pt --input 1x3x224x224 -o net.xlsx   the same, as a workbook
+spectool clip net.pt --max 1.0 -o net.clipped.pt          the nearest checkpoint within a limit
 spectool check net.onnx --max 1.05                        prove a limit, for scripts
 spectool ls net.safetensors                               what the file holds
 """
@@ -106,5 +107,6 @@ def spectool(
 
 
 app.command(cls=Command)(inspect.inspect)
+app.command(cls=Command)(clip.clip)
 app.command(cls=Command)(check.check)
 app.command(cls=Command)(ls.ls)

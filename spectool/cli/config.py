@@ -11,8 +11,8 @@ from typing import Any
 from spectool.errors import UsageError
 
 _NAMES = ("spectool.toml", "pyproject.toml")
-# Where a result is written is never up to a file that happens to lie in the folder.
-_FLAGS_ONLY = frozenset({"output", "debug"})
+# Where a result is written, and what it replaces, is never up to a file that happens to lie in the folder.
+_FLAGS_ONLY = frozenset({"output", "report", "force", "in-place", "debug"})
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,26 @@ class MethodName(StrEnum):
     powerqr = "powerqr"
 
 
+class ClipMethodName(StrEnum):
+    """Ways to the nearest weights."""
+
+    auto = "auto"
+    svd = "svd"
+    bundle = "bundle"
+    symbol = "symbol"
+    scale = "scale"
+    fastclip = "fastclip"
+    sedghi = "sedghi"
+
+
+class RecenterName(StrEnum):
+    """How means follow clipped weights."""
+
+    auto = "auto"
+    bias = "bias"
+    none = "none"
+
+
 class LevelName(StrEnum):
     """Which rows."""
 
@@ -93,12 +113,16 @@ Inputs = Annotated[
         "where the program takes a number.",
     ),
 ]
-Method = Annotated[
-    MethodName,
-    option(
-        COMPUTE, "--method", metavar="NAME", help="auto, exact, lanczos, power or powerqr.", show_default=True
-    ),
-]
+_METHOD = option(
+    COMPUTE,
+    "--method",
+    metavar="NAME",
+    help="auto, exact, lanczos, power or powerqr; for clip auto, svd, bundle or symbol, or to compare with scale, "
+    "fastclip or sedghi.",
+    show_default=True,
+)
+Method = Annotated[MethodName, _METHOD]
+ClipMethod = Annotated[ClipMethodName, _METHOD]
 Tol = Annotated[
     float, option(COMPUTE, "--tol", metavar="X", help="Relative residual to reach.", show_default=True)
 ]
@@ -212,7 +236,14 @@ _FORMAT = option(
 Format = Annotated[FormatName | None, _FORMAT]
 CheckFormat = Annotated[CheckFormatName | None, _FORMAT]
 Output = Annotated[
-    str | None, option(OUTPUT, "-o", "--output", metavar="FILE", help="Write to FILE; - is stdout.")
+    str | None,
+    option(
+        OUTPUT,
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Write to FILE; - is stdout. For clip the checkpoint to write.",
+    ),
 ]
 Columns = Annotated[
     str | None, option(OUTPUT, "--columns", metavar="A,B", help="Only these columns, in this order.")
@@ -236,7 +267,7 @@ NoGuard = Annotated[
 Quiet = Annotated[bool, option(MESSAGES, "-q", "--quiet", help="No progress, notes or hints.")]
 Verbose = Annotated[
     bool,
-    option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen; check shows every row."),
+    option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen; check and clip show every row."),
 ]
 NoProgress = Annotated[bool, option(MESSAGES, "--no-progress", help="No progress.")]
 Strict = Annotated[bool, option(MESSAGES, "--strict", help="Exit with 5 if a linear operator was skipped.")]

@@ -31,11 +31,13 @@ class Target:
         format: ``table`` or a key of ``FORMATS``.
         path: File; None for stdout.
         quiet: Whether messages that are no errors are left out.
+        flag: The option that names the file, for hints.
     """
 
     format: str
     path: Path | None
     quiet: bool = False
+    flag: str = "-o"
 
 
 def choose_target(
@@ -45,15 +47,17 @@ def choose_target(
     *,
     quiet: bool = False,
     more: Mapping[str, tuple[str, ...]] | None = None,
+    flag: str = "-o",
 ) -> Target:
     """Decide format and place, and refuse what cannot work before anything is computed.
 
     Args:
-        output: What ``-o`` says: a file, ``-`` for stdout, None for stdout.
+        output: What ``flag`` says: a file, ``-`` for stdout, None for stdout.
         format: What ``--format`` says; None to guess: by suffix, a table on a terminal, TSV in a pipe.
         source: The file that is read, which is never written.
         quiet: Whether messages are left out.
         more: Formats that only this command has, each with the suffixes that ask for it.
+        flag: The option that names the file.
 
     Raises:
         UsageError: If the format is unknown or cannot go there.
@@ -66,17 +70,17 @@ def choose_target(
     if path is None:
         chosen = format or (TABLE if sys.stdout.isatty() else "tsv")
         if chosen == "xlsx" and sys.stdout.isatty():
-            raise UsageError("a workbook is no text for a terminal", hint="name a file: -o result.xlsx")
-        return Target(chosen, None, quiet)
+            raise UsageError("a workbook is no text for a terminal", hint=f"name a file: {flag} result.xlsx")
+        return Target(chosen, None, quiet, flag)
     suffix = path.suffix.lower().removeprefix(".")
     own = next((name for name, suffixes in (more or {}).items() if suffix in suffixes), None)
     chosen = format or own or format_of(path)
     check_target(path)
     if path.exists() and source.exists() and path.samefile(source):
         raise UsageError(
-            f"{path} is the file to read; it is not overwritten", hint="name another file after -o"
+            f"{path} is the file to read; it is not overwritten", hint=f"name another file after {flag}"
         )
-    return Target(chosen, path, quiet)
+    return Target(chosen, path, quiet, flag)
 
 
 def deliver(
@@ -102,7 +106,7 @@ def deliver(
     if target.format == TABLE:
         data, hidden = _drawn(draw, target)
         if hidden:
-            remark = f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with -o"
+            remark = f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with {target.flag}"
     elif more and target.format in more:
         data = more[target.format]()
     else:

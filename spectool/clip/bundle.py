@@ -64,6 +64,7 @@ def bundle(
     seed: int = 0,
     block: int = BLOCK,
     subspace: int = SUBSPACE,
+    feasible: bool = True,
     progress: Progress = silent,
 ) -> Projection:
     """Return the nearest weight with ‖A(w)‖₂ ≤ ``limit``.
@@ -78,7 +79,11 @@ def bundle(
         seed: Of the start vectors.
         block: Pairs that join per round.
         subspace: Most pairs in the subspace; fewer where their images would not fit into 512 MB.
+        feasible: Whether the result has to obey the limit; else the last weight will do.
         progress: Receives a step per round.
+
+    Raises:
+        OperatorError: If no weight obeys the limit.
     """
     source = torch.Generator().manual_seed(seed)
     start = family.start
@@ -102,7 +107,7 @@ def bundle(
         spent += found.applications
         top = float(found.values[0])
         # A feasible candidate: w itself, or w scaled down; σ₁ is convex on the way to the fixed part alone.
-        shrink = 1.0 if top <= limit else (limit - fixed) / (top - fixed)
+        shrink = 1.0 if top <= limit else (limit - fixed) / (top - fixed) if fixed < limit else 0.0
         if shrink > 0:
             candidate = weight * shrink
             change = float(torch.linalg.vector_norm(candidate - start))
@@ -116,7 +121,9 @@ def bundle(
         )
         if residual <= gap:
             break
-    if math.isinf(best):
+    if math.isinf(best) and not feasible:
+        nearest = weight
+    elif math.isinf(best):
         raise OperatorError(
             f"no weight was found that brings σ₁ to {limit:g}: {fixed:g} of it does not depend on the weight",
             hint="raise the limit",

@@ -280,7 +280,7 @@ def family_of(
     (name,) = problem.names
     dtype = _arithmetic(problem, coordinates)
     families = [
-        _family(constraint.region, name, coordinates, form, problem.load, dtype, device)
+        family_in(constraint.region, name, coordinates, form, problem.load, dtype, device)
         for constraint, form in zip(problem.constraints, forms, strict=True)
     ]
     if len(families) == 1:
@@ -288,7 +288,7 @@ def family_of(
     return SumFamily(families, [1.0 / c.limit for c in problem.constraints]), 1.0
 
 
-def _family(
+def family_in(
     region: Region,
     name: str,
     coordinates: Coordinates,
@@ -297,7 +297,20 @@ def _family(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Family:
-    """Return one region as a function of x."""
+    """Return one region as a function of the coordinates x of one of its constants.
+
+    Args:
+        region: Of known input shape.
+        name: The constant.
+        coordinates: Its value and scale.
+        form: What the region is, if it is a single operator.
+        load: Reads the other constants.
+        dtype: Arithmetic type.
+        device: Where to compute.
+
+    Raises:
+        OperatorError: If the region's input size is not known.
+    """
     scale = coordinates.scale
     if form is not None and form.kind == "infinite":
         raise OperatorError(f"{region.key}: its input size is not known", hint="give --input")
@@ -317,6 +330,11 @@ def _family(
 
         family = Family(build, weight, homogeneous=_homogeneous(build, weight))
     return family if scale is None else ScaledFamily(family, scale)
+
+
+def uses(region: Region, name: str) -> bool:
+    """Return whether a region reads a constant."""
+    return any(name in node.inputs for node in region.nodes)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -47,7 +47,7 @@ class Options:
     exact: bool = False
     all_sizes: bool = False
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def gap(self) -> float:
@@ -180,10 +180,10 @@ def _choose(
         family.at(family.start), _MANY, torch.Generator().manual_seed(options.seed), level=limit, tol=0.1
     )
     family.applications += found.applications
-    above = int((found.values > limit).sum())
-    if above >= _MANY:
+    count = int((found.values > limit).sum())
+    if count >= _MANY:
         return "symbol", f"{_MANY} or more values above the limit"
-    return "bundle", f"{above} values above the limit"
+    return "bundle", f"{count} values above the limit"
 
 
 def _is_matrix(form: Closed | None, weight: Tensor) -> bool:

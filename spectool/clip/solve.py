@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spectool.clip.problem import Problem
 from spectool.clip.project import Options, Projected, project
-from spectool.errors import OperatorError
+from spectool.clip.several import project_several
 from spectool.progress import Progress, silent
 
 
@@ -22,4 +22,4 @@ def solve(problem: Problem, before: float, options: Options, progress: Progress 
     """
     if len(problem.names) == 1:
         return project(problem, before, options, progress)
-    raise OperatorError("several weights in one region")
+    return project_several(problem, before, options, progress)

@@ -28,7 +28,7 @@ class DirectSum:
 
     def matvec(self, x: Tensor) -> Tensor:
         """Apply every map to its part of ``(b, n)``."""
-        parts = x.split(self._ins, dim=1)
+        parts = torch.split(x, self._ins, dim=1)
         made = [
             f * A.matvec(part.reshape(-1, *A.in_shape)).reshape(len(x), -1)
             for A, part, f in zip(self._maps, parts, self._factors, strict=True)
@@ -37,7 +37,7 @@ class DirectSum:
 
     def rmatvec(self, y: Tensor) -> Tensor:
         """Apply every adjoint to its part of ``(b, m)``."""
-        parts = y.split(self._outs, dim=1)
+        parts = torch.split(y, self._outs, dim=1)
         made = [
             f * A.rmatvec(part.reshape(-1, *A.out_shape)).reshape(len(y), -1)
             for A, part, f in zip(self._maps, parts, self._factors, strict=True)

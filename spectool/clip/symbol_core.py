@@ -87,6 +87,7 @@ def _solve(
         if bool(done.any()):
             state.keep(~done)
             still = still[~done]
+        state.compress()
 
 
 def _start(made: SymbolMap, components: Tensor, limit: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from spectool.clip.symbol_map import SymbolMap
 _MEMORY = 12
 _MEMORY_BYTES = 1 << 29
 _TINY = 1e-30
+_UNUSED = 1e-3  # of the largest singular value of Z
 _SMALL = 64  # entries of a product below which multiplying and adding beats a batched product
 
 
@@ -70,6 +71,29 @@ class Factored:
         self._turns = [turn[chosen] for turn in self._turns]
         self._unit = self._unit[chosen]
         self.groups = len(self._x)
+
+    def compress(self) -> bool:
+        """Drop directions that no Z_f uses; says whether that was worth it.
+
+        The singular value decomposition Z = UΣVᴴ gives the balanced factors U√Σ and V√Σ. Curvature learnt so far
+        refers to the old ones and is forgotten.
+        """
+        half = self._x.shape[3] // 2
+        both = torch.complex(self._x[..., :half], self._x[..., half:])
+        left, right = torch.linalg.qr(both[:, :, : self._out]), torch.linalg.qr(both[:, :, self._out :])
+        turn, values, back = torch.linalg.svd(left.R @ right.R.mH)
+        used = values > _UNUSED * values.amax(dim=(1, 2), keepdim=True)
+        count = int(used.sum(dim=2).max()) + 1
+        if count > 0.75 * half:
+            return False
+        root = values[:, :, None, :count].sqrt()
+        sides = (left.Q @ turn[..., :count]) * root, (right.Q @ back.mH[..., :count]) * root
+        both = torch.cat(sides, dim=2)
+        x = torch.cat([both.real, both.imag], dim=3)
+        self._steps, self._turns = [], []
+        self._x, self._rest = self._rescaled(x)
+        self._gradient = self._slope()
+        return True
 
     def run(self, iterations: int, tol: float) -> None:
         """Take steps until every group's ``error`` is at most ``tol``."""

@@ -114,14 +114,14 @@ class TracedWriter:
 
         part = self.parts.get(name)
         if part is None:
-            key = self.plain(name)
-            if key is not None:
-                return key, tuple(self.load(name).shape), None
+            plain = self.plain(name)
+            if plain is not None:
+                return plain, tuple(self.load(name).shape), None
             found = self.trace(name)
             if found is None:
                 return None
-            indices = torch.from_numpy(found[2])
-            return found[0], tuple(indices.shape), indices
+            places = torch.from_numpy(found[2])
+            return found[0], tuple(places.shape), places
         whole = self._entries(part.source)
         if whole is None:
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from spectool.report.check import CheckReport, CheckRow
 from spectool.report.check_files import write_check
+from spectool.report.clip import ClipReport, ClipRow
+from spectool.report.clip_tables import write_clip
 from spectool.report.document import to_document
 from spectool.report.frame import to_frame
 from spectool.report.layout import Layout, WriteOptions, report_layout
@@ -15,6 +17,8 @@ __all__ = [
     "FORMATS",
     "CheckReport",
     "CheckRow",
+    "ClipReport",
+    "ClipRow",
     "Layout",
     "Report",
     "Row",
@@ -26,5 +30,6 @@ __all__ = [
     "to_frame",
     "write",
     "write_check",
+    "write_clip",
     "write_layout",
 ]

@@ -96,6 +96,8 @@ class ClipReport:
         changed: Names of the tensors that changed.
         prove: Whether proven bounds were asked for.
         adjusted: Tensors moved so that means stay, with the largest move relative to the standard deviation.
+        tensors: How many tensors the file holds; None if they were not counted.
+        source: The file read; None if that was not kept.
     """
 
     rows: tuple[ClipRow, ...]
@@ -104,6 +106,8 @@ class ClipReport:
     changed: tuple[str, ...] = ()
     prove: bool = False
     adjusted: dict[str, float] = field(default_factory=dict)
+    tensors: int | None = None
+    source: str | None = None
 
     @property
     def counts(self) -> dict[Action, int]:

@@ -1,0 +1,120 @@
+"""Where `spectool clip` writes the checkpoint, and what it must not write over."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from spectool.cli.messages import say
+from spectool.errors import OutputError, UsageError
+
+
+def choose_checkpoint(
+    source: Path, output: str | None, *, in_place: bool, force: bool, dry_run: bool, quiet: bool = False
+) -> Path | None:
+    """Return the checkpoint to write, None for a dry run; refuse what cannot work before anything is computed.
+
+    Args:
+        source: The checkpoint to read; it exists.
+        output: What ``-o`` says.
+        in_place: Whether to write to ``source`` itself.
+        force: Whether what is there may be replaced.
+        dry_run: Whether nothing is to be written.
+        quiet: Whether warnings are left out.
+
+    Raises:
+        UsageError: If it is not said where to write, or said twice.
+        OutputError: If nothing can be written there.
+    """
+    if in_place and output is not None:
+        raise UsageError("-o and --in-place name two files to write", hint="give one of them")
+    if dry_run:
+        return None
+    if in_place:
+        if not force:
+            raise UsageError(
+                f"--in-place replaces {source}, which cannot be undone", hint="add --force, or give -o OUT"
+            )
+        _check_writable(source)
+        return source
+    if output is None:
+        raise UsageError(
+            "there is nowhere to write", hint="give -o OUT, or --dry-run to see what would change"
+        )
+    if output == "-":
+        raise UsageError(
+            "a checkpoint is not written to stdout", hint="name a file: -o OUT; the result goes to stdout"
+        )
+    out = Path(output)
+    if out.exists() and not force:
+        if out.samefile(source):
+            raise OutputError(
+                f"{out} is the file to read", hint="name another, or replace it: --in-place --force"
+            )
+        raise OutputError(f"{out} exists already", hint="--force replaces it")
+    _check_writable(out)
+    if not quiet and out.suffix.lower() != source.suffix.lower() and not source.is_dir():
+        kind = f"ends in {out.suffix}" if out.suffix else "has no suffix"
+        say(f"{out} {kind}, but what is written has the format of {source}", label="warning")
+    return out
+
+
+def spare_inputs(source: Path, out: Path | None, result: Path | None, calibrate: Path | None) -> None:
+    """Refuse files that are to be two things at once.
+
+    Args:
+        source: The checkpoint to read.
+        out: The checkpoint to write.
+        result: The file of the report.
+        calibrate: Inputs of the model.
+
+    Raises:
+        UsageError: If one would be written over another, or the inputs are not there.
+    """
+    if calibrate is not None and not calibrate.exists():
+        raise UsageError(f"there is no file {calibrate}", hint="--calibrate wants inputs of the model")
+    if result is not None and out is not None and _same(result, out):
+        raise UsageError(
+            f"{out} cannot be both the checkpoint and the report", hint="name another file after --report"
+        )
+    for path, flag in ((out, "-o"), (result, "--report")):
+        if path is not None and calibrate is not None and _same(path, calibrate):
+            raise UsageError(
+                f"{path} holds the inputs; it is not overwritten", hint=f"name another file after {flag}"
+            )
+
+
+def choose_recentering(name: str, off: bool) -> str:
+    """Return how means follow: what ``--recenter`` says, ``none`` for ``--no-recenter``.
+
+    Raises:
+        UsageError: If the two contradict each other.
+    """
+    if off and name == "bias":
+        raise UsageError("--no-recenter and --recenter bias contradict each other", hint="give one of them")
+    return "none" if off else name
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a place that cannot be written; minutes of work would come before the writer says so.
+
+    Raises:
+        OutputError: If the folder is missing or closed.
+    """
+    place = out.resolve()
+    if not place.parent.is_dir():
+        raise OutputError(f"there is no folder {place.parent}", hint="create it first")
+    needed = place if place.is_dir() else place.parent
+    if not os.access(needed, os.W_OK):
+        raise OutputError(f"cannot write {out}: no permission to write {needed}", hint="choose another place")
+
+
+def _same(first: Path, second: Path) -> bool:
+    if first.exists() and second.exists():
+        return first.samefile(second)
+    return first.resolve() == second.resolve()
+
+
+def recentering(means: str, calibrate: Path | None) -> dict[str, Any]:
+    return {}
