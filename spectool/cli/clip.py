@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectool.cli import options as opt
 from spectool.cli.clip_target import choose_checkpoint, choose_recentering, recentering, spare_inputs
-from spectool.cli.clipped import conclude_clip, draw_clip
+from spectool.cli.clipped import conclude_clip
 from spectool.cli.output import choose_target, deliver
 from spectool.cli.parsing import check_numbers, check_source, parse_arguments, parse_inputs, split_list
 from spectool.cli.progress import LiveProgress
+from spectool.errors import UsageError
 from spectool.report.clip_tables import clip_columns, clip_layout
 from spectool.report.layout import WriteOptions, check_columns
 from spectool.report.table import split_columns
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 EXAMPLES = """
 spectool clip net.onnx --max 1.0 -o net.clipped.onnx
@@ -122,6 +126,8 @@ def clip(
     from spectool.api.limits import parse_bounds
 
     bounds = parse_bounds(limits or ())
+    if not bounds:
+        raise UsageError("there is no limit to clip to", hint="give one, e.g. --max 1.0")
     check_source(file)
     out = choose_checkpoint(file, output, in_place=in_place, force=force, dry_run=dry_run, quiet=quiet)
     spare_inputs(file, out, target.path, calibrate)
@@ -137,8 +143,12 @@ def clip(
             recognise=not no_recognise, trust=trust, hash=hash, progress=progress,
             **recentering(means, calibrate),
         )  # fmt: skip
-    deliver(
-        clip_layout(report, layout), target, layout, lambda width: draw_clip(report, layout, width, verbose)
-    )
-    conclude_clip(report, target, file, verbose=verbose)
+
+    def draw(width: int | None) -> tuple[RenderableType, list[str]]:
+        from spectool.cli.clip_table import draw_clip  # Rich, for a table only
+
+        return draw_clip(report, layout, width, verbose)
+
+    deliver(clip_layout(report, layout), target, layout, draw)
+    conclude_clip(report, target, verbose=verbose)
     return report.exit_code(strict=strict)

@@ -267,7 +267,9 @@ NoGuard = Annotated[
 Quiet = Annotated[bool, option(MESSAGES, "-q", "--quiet", help="No progress, notes or hints.")]
 Verbose = Annotated[
     bool,
-    option(MESSAGES, "-v", "--verbose", help="Say why each method was chosen; check and clip show every row."),
+    option(
+        MESSAGES, "-v", "--verbose", help="Say why each method was chosen; check and clip show every row."
+    ),
 ]
 NoProgress = Annotated[bool, option(MESSAGES, "--no-progress", help="No progress.")]
 Strict = Annotated[bool, option(MESSAGES, "--strict", help="Exit with 5 if a linear operator was skipped.")]

@@ -106,7 +106,9 @@ def deliver(
     if target.format == TABLE:
         data, hidden = _drawn(draw, target)
         if hidden:
-            remark = f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with {target.flag}"
+            remark = (
+                f"too narrow for {', '.join(hidden)}: widen the terminal or write a file with {target.flag}"
+            )
     elif more and target.format in more:
         data = more[target.format]()
     else:

@@ -132,33 +132,6 @@ def bundle(
     return Projection(nearest, lower, "bundle", count, spent + family.applications, note)
 
 
-def lower_bound(family: Family, limit: float, weight: Tensor, *, seed: int = 0) -> float:
-    """Return a lower bound on ‖w′ − w₀‖ over all w′ that obey the limit, from the leading pairs at ``weight``.
-
-    Any dual variable gives one; that of the best Z on the pairs which some good weight leaves at the limit is
-    close to the truth where few do.
-
-    Args:
-        family: The operators.
-        limit: c.
-        weight: A weight at the limit.
-        seed: Of the start vectors.
-    """
-    source = torch.Generator().manual_seed(seed)
-    dual, bound = _Dual(family, limit), 0.0
-    found = leading(family.at(weight), 2 * BLOCK, source, level=limit * (1 - 1e-3), tol=1e-2, blocks=12)
-    family.applications += found.applications
-    for _ in range(2):
-        dual.extend(found, SUBSPACE - BLOCK)
-        weight, now = dual.solve()
-        bound = max(bound, now)
-        found = leading(
-            family.at(weight), BLOCK, source, start=flat(found.right), level=limit, tol=1e-2, blocks=8
-        )
-        family.applications += found.applications
-    return bound
-
-
 def _norm(family: Family, weight: Tensor, source: torch.Generator) -> float:
     found = leading(family.at(weight), 2, source, tol=1e-5)
     family.applications += found.applications

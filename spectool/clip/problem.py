@@ -27,7 +27,7 @@ from spectool.lower.replay import Load, constant_names
 
 Metric = Literal["weights", "folded", "data"]
 
-_DOUBLE_WORK = 3e8
+_DOUBLE_WORK = 2e6
 """Flops of an application up to which arithmetic is done in float64."""
 
 

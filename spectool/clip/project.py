@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectool.clip.bundle import Projection, bundle, lower_bound
+from spectool.clip.bundle import Projection, bundle
 from spectool.clip.family import ConvFamily, Family
 from spectool.clip.leading import leading
 from spectool.clip.problem import Closed, Coordinates, Metric, Problem, closed_form, family_of
@@ -24,8 +24,11 @@ Method = Literal["auto", "svd", "bundle", "symbol", "scale", "fastclip", "sedghi
 _MANY = 16
 """Values above the limit from which on the symbol is the quicker way."""
 
-_SMALL = 20_000
-"""Entries of a kernel up to which the bundle is quick whatever the limit."""
+_SMALL = 500_000
+"""Entries of a kernel times positions up to which the bundle is quick whatever the limit."""
+
+_ROUNDS, _GOOD = 6, 0.03
+"""Rounds of the bundle that accompany the symbol, and the gap at which they stop."""
 
 _GROUPS = 64
 """Groups above the limit from which on they are solved together, by the symbol."""
@@ -137,7 +140,7 @@ def _solve(
     if method == "svd":
         return _svd(coordinates.start, form, limit), True
     if method == "symbol":
-        return _symbol(family, form, limit, coordinates.start, why, options.seed), True
+        return _symbol(family, form, limit, coordinates.start, why, options.seed, progress), True
     if method in ("scale", "fastclip", "sedghi"):
         made = _published(method, family, form, limit, coordinates.start, options.seed)
         return made, family.homogeneous
@@ -174,8 +177,8 @@ def _choose(
     if geometry.groups > 1:
         above = _groups_above(coordinates.start, form, limit)
         return ("symbol" if len(above) > _GROUPS else "bundle"), f"{len(above)} groups above the limit"
-    if coordinates.weight.numel() <= _SMALL:
-        return "bundle", "a small kernel"
+    if coordinates.weight.numel() * _positions(form) <= _SMALL:
+        return "bundle", "a small operator"
     found = leading(
         family.at(family.start), _MANY, torch.Generator().manual_seed(options.seed), level=limit, tol=0.1
     )
@@ -184,6 +187,11 @@ def _choose(
     if count >= _MANY:
         return "symbol", f"{_MANY} or more values above the limit"
     return "bundle", f"{count} values above the limit"
+
+
+def _positions(form: Closed) -> int:
+    """Return the pixels of the input map, 1 where there is none."""
+    return math.prod((form.in_shape or (1,))[1:])
 
 
 def _is_matrix(form: Closed | None, weight: Tensor) -> bool:
@@ -247,7 +255,13 @@ def _grouped(start: Tensor, form: Closed, limit: float, options: Options, progre
 
 
 def _symbol(
-    family: Family, form: Closed | None, limit: float, start: Tensor, why: str, seed: int
+    family: Family,
+    form: Closed | None,
+    limit: float,
+    start: Tensor,
+    why: str,
+    seed: int,
+    progress: Progress,
 ) -> Projection:
     """Project on the symbol: exactly for circular padding, else on a grid of frequencies and then to σ₁."""
     from spectool.clip.symbol import project_measured, project_symbol
@@ -263,8 +277,15 @@ def _symbol(
         made = project_measured(
             start, geometry, limit, lambda w: top_value(family, w.to(family.start)), seed=seed
         )
-        # Any pairs give a bound; those the result leaves at the limit give a good one.
-        lower = lower_bound(family, limit, made.weight.to(family.start), seed=seed)
+        # A few rounds of the bundle do not reach the limit, but their lower bound is good, and now and then so is
+        # what they have reached.
+        rough = bundle(family, limit, gap=_GOOD, rounds=_ROUNDS, seed=seed, feasible=False, progress=progress)
+        lower = rough.lower
+        change = float(torch.linalg.vector_norm(made.weight - start))
+        if top_value(family, rough.weight) <= limit * (1 + 1e-4):
+            other = float(torch.linalg.vector_norm(rough.weight.double().cpu() - start))
+            if other < change:
+                return replace(rough, method=f"bundle ({why}; better than the symbol)")
     return Projection(made.weight, lower, f"symbol ({why})", made.iterations, family.applications)
 
 

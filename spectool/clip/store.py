@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectool.clip.problem import Constraint, Problem
+from spectool.clip.rounding import repaired
 from spectool.errors import OperatorError
 from spectool.graph.writing import Writer
 from spectool.linear import InfiniteConv
@@ -76,28 +77,48 @@ def store(
         OperatorError: If no such values were found.
     """
     start = {name: problem.load(name).double() for name in wanted}
+    half = _half_type(problem, wanted, writer, types, read)
     current, factor, spent = dict(wanted), 1.0, 0
     best: Stored | None = None
-    margin = 1e-9
-    for _ in range(_TRIES):
+    margin, loose = 1e-9, False
+    for attempt in range(_TRIES):
         scaled = {name: value * factor for name, value in current.items()}
+        if half is not None:
+            rounded = repaired(problem, scaled, half)
+            scaled = {name: value.double() for name, value in rounded.items()}
         made, ratio, cost = _measured(problem, scaled, writer, types, read, seed)
         spent += cost
         if ratio <= 1.0 and (best is None or ratio > best.ratio):
             best = Stored(made, writer.reload(made), ratio, spent)
         if ratio > 1.0:
-            factor *= (1.0 - margin) / ratio
+            # Of a half type the next attempt aims a little lower and is repaired again.
+            factor *= 1.0 - 5e-5 * 2.0**attempt if half is not None else (1.0 - margin) / ratio
             margin *= 4.0
-        elif ratio < 1.0 - LOWEST and best is not None and margin < 1e-6:
+        elif half is None and ratio < 1.0 - LOWEST and not loose:
             # Too far below: back on the way to the start, which only comes nearer to it.
-            current = _towards(problem, scaled, start, ratio, writer, seed)
-            factor = 1.0
-            margin *= 4.0
+            current, cost = _towards(problem, scaled, start, seed)
+            spent += cost
+            factor, loose = 1.0, True
         else:
             break
     if best is None:
         raise OperatorError(f"{problem.key}: no stored value was found that obeys the limit")
     return Stored(best.edits, best.load, best.ratio, spent)
+
+
+def _half_type(
+    problem: Problem, wanted: Mapping[str, Tensor], writer: Writer, types: Types, read: Load
+) -> torch.dtype | None:
+    """Return the half type that all edited constants are stored in, entry by entry; else None."""
+    values = {name: value.float() for name, value in wanted.items()}
+    edits = writer.edits(values, read)
+    kinds = {types(key) for key in edits}
+    if len(kinds) != 1 or not kinds <= {torch.float16, torch.bfloat16}:
+        return None
+    (kind,) = kinds
+    again = writer.reload({key: value.to(kind) for key, value in edits.items()})
+    same = all(torch.equal(again(name).float(), value.to(kind).float()) for name, value in values.items())
+    return kind if same else None
 
 
 def _measured(
@@ -109,25 +130,23 @@ def _measured(
 
 
 def _towards(
-    problem: Problem,
-    low: Mapping[str, Tensor],
-    start: Mapping[str, Tensor],
-    ratio: float,
-    writer: Writer,
-    seed: int,
-) -> dict[str, Tensor]:
-    """Return weights between ``low`` and ``start`` at the limit: σ₁ is convex along the way, so bisection finds it."""
-    below, above = 0.0, 1.0
-    for _ in range(40):
+    problem: Problem, low: Mapping[str, Tensor], start: Mapping[str, Tensor], seed: int
+) -> tuple[dict[str, Tensor], int]:
+    """Return (weights between ``low`` and ``start`` at the limit, applications).
+
+    σ₁ over limit is convex along the way where one constant is edited, so bisection finds it.
+    """
+    below, above, spent = 0.0, 1.0, 0
+    for _ in range(25):
         # Invariant: at ``below`` the limits hold.
         middle = 0.5 * (below + above)
         mixed = {name: torch.lerp(low[name], start[name], middle) for name in low}
-        load = _replaced(problem.load, mixed)
-        found, _ = worst_ratio(problem.constraints, load, seed=seed)
+        found, cost = worst_ratio(problem.constraints, _replaced(problem.load, mixed), seed=seed)
+        spent += cost
         below, above = (middle, above) if found <= 1.0 else (below, middle)
         if 1.0 - LOWEST / 10 <= found <= 1.0:
             break
-    return {name: torch.lerp(low[name], start[name], below) for name in low}
+    return {name: torch.lerp(low[name], start[name], below) for name in low}, spent
 
 
 def _replaced(load: Load, values: Mapping[str, Tensor]) -> Load:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectool.clip.symbol_map import SymbolMap
-from spectool.clip.symbol_solve import Factored, product
+from spectool.clip.symbol_map import SymbolMap, product
+from spectool.clip.symbol_solve import Factored
 from spectool.spectrum.periodic import grid_levels
 from spectool.spectrum.symbol import polynomial
 

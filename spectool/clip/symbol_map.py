@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from spectool.linear import ConvGeometry
 
+_SMALL = 64  # entries of a product below which multiplying and adding beats a batched product
+_LARGE = 1 << 20  # entries of all H_f from which they leave the caches
+
 
 class SymbolMap:
     """B ↦ (H_f) for the groups of one convolution.
@@ -94,6 +97,46 @@ class SymbolMap:
         components = (self._waves_of(rows.dtype).T @ rows).reshape(groups, self.taps, double // 2, side)
         return components if self._mask is None else components * self._mask[:, None].to(components)
 
+    # In the three products below a few columns on either side are cheaper to turn by the waves, tap by tap, than all
+    # H_f are to form: then one product of large matrices serves all frequencies.
+
+    def pull(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``adjoint(left @ rightᵀ)`` for left ``(groups, F, 2·out, k)`` and right ``(groups, F, in, k)``."""
+        if not self._tap_by_tap(right):
+            return self.adjoint(product(left, right.mT))
+        components = self._turned(left) @ right.mT.flatten(1, 2)
+        components = components.reshape(len(left), self.taps, *self.sides)
+        return components if self._mask is None else components * self._mask[:, None].to(components)
+
+    def times(self, components: Tensor, right: Tensor) -> Tensor:
+        """Return ``forward(components) @ right`` ``(groups, F, 2·out, k)``."""
+        if not self._tap_by_tap(right):
+            return product(self.forward(components), right)
+        groups, _, _, count = right.shape
+        columns = right.permute(0, 2, 1, 3).flatten(2)  # (groups, in, F·k)
+        moved = (components.flatten(1, 2) @ columns).reshape(groups, self.taps, -1, self.frequencies, count)
+        waves = self._waves_of(right.dtype).reshape(self.frequencies, 2, self.taps)
+        return torch.einsum("gtofk,fct->gfcok", moved, waves).flatten(2, 3)
+
+    def transposed_times(self, components: Tensor, left: Tensor) -> Tensor:
+        """Return ``forward(components)ᵀ @ left`` ``(groups, F, in, k)``."""
+        if not self._tap_by_tap(left):
+            return product(self.forward(components).mT, left)
+        moved = components.flatten(1, 2).mT @ self._turned(left)  # (groups, in, F·k)
+        return moved.reshape(len(left), -1, self.frequencies, left.shape[3]).permute(0, 2, 1, 3)
+
+    def _turned(self, left: Tensor) -> Tensor:
+        """Return Re(e^{−iq·θ}·left) for every tap ``(groups, taps·out, F·k)``."""
+        groups, _, double, count = left.shape
+        left = left.reshape(groups, self.frequencies, 2, double // 2, count)
+        waves = self._waves_of(left.dtype).reshape(self.frequencies, 2, self.taps)
+        return torch.einsum("gfcok,fct->gtofk", left, waves).reshape(groups, -1, self.frequencies * count)
+
+    def _tap_by_tap(self, columns: Tensor) -> bool:
+        count = columns.shape[3]
+        large = len(columns) * self.frequencies * self.sides[0] * self.sides[1] >= _LARGE
+        return large and self.taps * count <= 4 * (count + self.taps)
+
     def values(self, components: Tensor) -> Tensor:
         """Return H ``(groups, F, out, in·s^D)``, complex."""
         both = self.forward(components)
@@ -104,6 +147,15 @@ class SymbolMap:
         if dtype not in self._waves:
             self._waves[dtype] = self._waves[torch.float64].to(dtype)
         return self._waves[dtype]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, by elementwise products where the matrices are tiny."""
+    if a.shape[-1] == 1:
+        return a * b
+    if a.shape[-2] * a.shape[-1] * b.shape[-1] <= _SMALL:
+        return (a[..., :, :, None] * b[..., None, :, :]).sum(dim=-2)
+    return a @ b
 
 
 def half_grid(grid: Sequence[int]) -> Tensor:

@@ -23,7 +23,6 @@ _MEMORY = 12
 _MEMORY_BYTES = 1 << 29
 _TINY = 1e-30
 _UNUSED = 1e-3  # of the largest singular value of Z
-_SMALL = 64  # entries of a product below which multiplying and adding beats a batched product
 
 
 class Factored:
@@ -113,14 +112,15 @@ class Factored:
 
     def _image(self, x: Tensor) -> Tensor:
         """Return L*(PQᴴ)."""
-        return self._map.adjoint(product(_stacked(x[:, :, : self._out]), x[:, :, self._out :].mT))
+        return self._map.pull(_stacked(x[:, :, : self._out]), x[:, :, self._out :])
 
     def _slope(self) -> Tensor:
-        symbols = self._map.forward(self._rest)
         slope = self._limit * self._x
-        both = product(symbols, self._x[:, :, self._out :])
+        both = self._map.times(self._rest, self._x[:, :, self._out :])
         slope[:, :, : self._out] -= both[:, :, : self._out] - _turned(both[:, :, self._out :])
-        slope[:, :, self._out :] -= product(symbols.mT, _stacked(self._x[:, :, : self._out]))
+        slope[:, :, self._out :] -= self._map.transposed_times(
+            self._rest, _stacked(self._x[:, :, : self._out])
+        )
         return slope
 
     def _direction(self) -> Tensor:
@@ -145,9 +145,8 @@ class Factored:
         d = self._direction()
         left, right = _stacked(self._x[:, :, : self._out]), self._x[:, :, self._out :]
         d_left, d_right = _stacked(d[:, :, : self._out]), d[:, :, self._out :]
-        first = product(torch.cat([d_left, left], dim=3), torch.cat([right, d_right], dim=3).mT)
-        along = self._map.adjoint(first)
-        bend = self._map.adjoint(product(d_left, d_right.mT))
+        along = self._map.pull(torch.cat([d_left, left], dim=3), torch.cat([right, d_right], dim=3))
+        bend = self._map.pull(d_left, d_right)
         # F(t) − F(0) = a₁t + a₂t² + a₃t³ + a₄t⁴
         a1 = _inner(self._gradient, d)
         a2 = 0.5 * _inner(along, along) - _inner(self._rest, bend) + 0.5 * self._limit * _inner(d, d)
@@ -170,15 +169,6 @@ class Factored:
         self._steps, self._turns = self._steps[1 - self._memory :], self._turns[1 - self._memory :]
         self._steps.append(step)
         self._turns.append(turn)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, by elementwise products where the matrices are tiny."""
-    if a.shape[-1] == 1:
-        return a * b
-    if a.shape[-2] * a.shape[-1] * b.shape[-1] <= _SMALL:
-        return (a[..., :, :, None] * b[..., None, :, :]).sum(dim=-2)
-    return a @ b
 
 
 def best_step(a1: Tensor, a2: Tensor, a3: Tensor, a4: Tensor) -> Tensor:
