@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectool.api import check, clip, inspect, ls, svds
+    from spectool.api import SpectralClipper, check, clip, clip_, inspect, ls, svds
     from spectool.errors import SpectoolError
     from spectool.report.check import CheckReport, CheckRow
     from spectool.report.clip import ClipReport, ClipRow
@@ -23,10 +23,12 @@ __all__ = [
     "Report",
     "Row",
     "SpectoolError",
+    "SpectralClipper",
     "Spectrum",
     "__version__",
     "check",
     "clip",
+    "clip_",
     "inspect",
     "ls",
     "svds",
@@ -35,6 +37,8 @@ __all__ = [
 _HOMES = {
     "check": "spectool.api",
     "clip": "spectool.api",
+    "clip_": "spectool.api",
+    "SpectralClipper": "spectool.api",
     "inspect": "spectool.api",
     "ls": "spectool.api",
     "svds": "spectool.api",
@@ -59,28 +63,34 @@ def __getattr__(name: str) -> Any:
 
 
 class _Both(ModuleType):
-    """A package that is called like a function and is that function, too."""
-
+    # A package that can be called: `spectool.clip` is a function of the library and holds its parts, too.
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        from spectool.api.clipping import clip
-
-        return clip(*arguments, **options)
+        return _clip()(*arguments, **options)
 
     @property
     def __signature__(self) -> Any:
         from inspect import signature
 
-        from spectool.api.clipping import clip
+        return signature(_clip())
 
-        return signature(clip)
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        text: str | None = _clip().__doc__
+        return text
 
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # `spectool.clip` is a function of the library; importing the package of that name would put it in its place.
+        # The import of the package of that name would put a module in the function's place.
         if name == "clip" and isinstance(value, ModuleType):
             value.__class__ = _Both
         super().__setattr__(name, value)
+
+
+def _clip() -> Any:
+    from spectool.api.clipping import clip
+
+    return clip
 
 
 sys.modules[__name__].__class__ = _Package

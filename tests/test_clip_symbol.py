@@ -276,3 +276,41 @@ def test_limits_that_cannot_be(limit):
     for project in (project_symbol, project_any_size):
         with pytest.raises(UsageError, match="positive number"):
             project(random(2, 2, 3), geometry(), limit)
+
+
+@pytest.mark.parametrize(
+    "shape, stride", [((1, 5, 4, 3, 3), (2, 1)), ((2, 3, 2, 5), (2,)), ((1, 4, 4, 3, 3), (1, 1))]
+)
+@pytest.mark.parametrize("tap_by_tap", [True, False])
+def test_products_with_every_symbol(shape, stride, tap_by_tap, monkeypatch):
+    monkeypatch.setattr(SymbolMap, "_tap_by_tap", lambda self, columns: tap_by_tap)
+    made = SymbolMap(shape, stride, (6,) * len(stride))
+    components = made.split(random(*shape))
+    symbols = made.forward(components)
+    left = random(shape[0], made.frequencies, 2 * made.sides[0], 3)
+    right = random(shape[0], made.frequencies, made.sides[1], 3, seed=1)
+    assert made.times(components, right).numpy() == pytest.approx((symbols @ right).numpy(), abs=1e-12)
+    truth = symbols.mT @ left
+    assert made.transposed_times(components, left).numpy() == pytest.approx(truth.numpy(), abs=1e-12)
+    pulled = made.adjoint(left @ right.mT)
+    assert made.pull(left, right).numpy() == pytest.approx(pulled.numpy(), abs=1e-12)
+
+
+def test_a_kernel_of_trained_size_is_projected_on_the_exact_grid():
+    """Large enough for the routes that small kernels do not take; truth by numpy's FFT."""
+    rng = np.random.default_rng(0)
+    flat = (np.linalg.qr(rng.standard_normal((72, 72)))[0] * np.arange(1, 73) ** -0.35) @ np.linalg.qr(
+        rng.standard_normal((66 * 9, 72))
+    )[0].T
+    weight = torch.from_numpy(flat.reshape(72, 66, 3, 3))
+
+    def norm(kernel):
+        symbols = np.fft.fft2(kernel.numpy(), (10, 10)).transpose(2, 3, 0, 1)
+        return np.linalg.norm(symbols, 2, axis=(2, 3)).max()
+
+    limit = 0.8 * norm(weight)
+    found = project_symbol(weight, geometry(2), limit, grid=(10, 10))
+    assert norm(found.weight) <= limit * (1 + 1e-9)
+    change = float(torch.linalg.vector_norm(found.weight - weight))
+    assert found.lower is not None
+    assert found.lower <= change <= 1.005 * found.lower

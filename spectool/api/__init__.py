@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from spectool.api.clipping import clip
     from spectool.api.inspecting import inspect
     from spectool.api.listing import ls
+    from spectool.api.live import clip_
     from spectool.api.operators import svds
+    from spectool.api.training import SpectralClipper
 
-__all__ = ["check", "clip", "inspect", "ls", "svds"]
+__all__ = ["SpectralClipper", "check", "clip", "clip_", "inspect", "ls", "svds"]
 
 _HOMES = {
+    "SpectralClipper": "training",
     "check": "checking",
     "clip": "clipping",
+    "clip_": "live",
     "inspect": "inspecting",
     "ls": "listing",
     "svds": "operators",

@@ -47,7 +47,7 @@ class Attached:
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer as it is now: itself, not a copy."""
         owner, leaf = self.owners[name]
-        found = owner._parameters.get(leaf)
+        found: Tensor | None = owner._parameters.get(leaf)
         if found is None:
             found = owner._buffers.get(leaf)
         if found is None:
@@ -167,7 +167,8 @@ def apart() -> Iterator[None]:
     missing outside.
     """
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if started else []
     precision = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

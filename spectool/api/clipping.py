@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectool.api.calibration import calibrated_means, read_inputs
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.job import Job, Selection, numbered, open_job, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
@@ -19,13 +20,16 @@ from spectool.checkpoint import Checkpoint, can_write, write_checkpoint
 from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
+from spectool.clip.recentre import recentred
 from spectool.errors import OperatorError, OutputError, UsageError
 from spectool.graph import Region, Skipped
+from spectool.graph.types import BatchNorm, Conv, Embedding, Linear, Node
 from spectool.graph.writing import Writer
 from spectool.progress import Progress, Step, silent
 from spectool.report.clip import ClipReport, ClipRow, Enclosed
 from spectool.report.row import Row
 
+RECENTERINGS = ("auto", "bias", "none")
 METHODS = ("auto", "svd", "bundle", "symbol", "scale", "fastclip", "sedghi")
 
 
@@ -40,6 +44,8 @@ def clip(
     exact: bool = False,
     all_sizes: bool = False,
     method: Method = "auto",
+    recenter: str = "auto",
+    calibrate: str | Path | Tensor | None = None,
     k: int = 8,
     input_shape: InputShapes | None = None,
     tol: float = 1e-5,
@@ -76,6 +82,11 @@ def clip(
         all_sizes: Whether limits of convolutions are to hold for every input size.
         method: ``auto``, ``svd``, ``bundle``, ``symbol``, or a method to compare with: ``scale``, ``fastclip``,
             ``sedghi``.
+        recenter: ``auto``: running means behind changed weights follow, where the mean of the input is known
+            without data, or from ``calibrate``; ``bias``: the bias of a convolution does where no batch norm is;
+            ``none``.
+        calibrate: Inputs ``(n, …)`` (a tensor, or a .npz or .pt file) on which means are matched instead; needs a
+            program that may run (``arch``, ``trust`` or a recognised file).
         k: How many singular values to report per row.
         input_shape: Shape of the model's input with its batch axis, or a mapping from input name to shape.
         tol: Relative residual of the reported values.
@@ -110,8 +121,12 @@ def clip(
         raise UsageError("there is no limit to clip to", hint="give one, e.g. --max 1.0")
     if method not in METHODS:
         raise UsageError(f"no method is called {method!r}", hint=f"use {', '.join(METHODS)}")
+    if recenter not in RECENTERINGS:
+        raise UsageError(f"recenter={recenter!r} is not known", hint=f"use {', '.join(RECENTERINGS)}")
     if out is None and not dry_run:
-        raise UsageError("there is nowhere to write", hint="give -o OUT, or --dry-run to see what would change")
+        raise UsageError(
+            "there is nowhere to write", hint="give -o OUT, or --dry-run to see what would change"
+        )
     target = None if out is None or dry_run else _checked_target(Path(source), Path(out), force)
     options = Options(k, "auto", tol, max_matvecs, False, seed, choose_device(device), choose_dtype(dtype))
     ways = Ways(assume_bn, key, arch, arch_args, recognise, trust)
@@ -123,8 +138,11 @@ def clip(
         "exact": exact,
         "prove": prove,
         "all_sizes": all_sizes,
+        "recenter": recenter,
+        "calibrate": None if calibrate is None or isinstance(calibrate, Tensor) else str(calibrate),
         "dry_run": dry_run,
     }
+    inputs = None if calibrate is None else read_inputs(calibrate)
     progress(Step("finding operators"))
     job = open_job(source, ways, selection, input_shape)
     bounds.check_used((item.key, item.weights) for item in job.wanted)
@@ -135,6 +153,8 @@ def clip(
     run = _Run(job, checkpoint, writer, options, clip_options, prove, progress)
     entries = [run.measure(index, item, bounds, kinds) for index, item in enumerate(job.items)]
     run.clip(entries)
+    if recenter != "none" and run.edits:
+        run.recentre(entries, inputs, biases=recenter == "bias")
     if target is not None:
         progress(Step("writing"))
         write_checkpoint(checkpoint, target, run.edits, force=force)
@@ -179,6 +199,7 @@ class _Entry:
     reason: str = ""
     projected: Projected | None = None
     raw_change: float | None = None
+    recentered: tuple[str, ...] = ()
 
 
 @dataclass
@@ -215,7 +236,9 @@ class _Run:
         for index, reason in refused.items():
             if gated[index].action == "clip":
                 gated[index].action, gated[index].reason = "refused", reason
-        by_region = {id(constraint.region): entry for constraint, entry in zip(constraints, gated, strict=True)}
+        by_region = {
+            id(constraint.region): entry for constraint, entry in zip(constraints, gated, strict=True)
+        }
         for number, problem in enumerate(problems):
             members = [by_region[id(constraint.region)] for constraint in problem.constraints]
             if not any(entry.action == "clip" for entry in members):
@@ -244,6 +267,8 @@ class _Run:
         read = self.checkpoint.read
         homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
         for home in sorted(homes):
+            if home not in self.checkpoint.tensors:
+                raise OperatorError(f"{home} is no tensor of the file")
             reason = can_write(self.checkpoint, home)
             if reason:
                 raise OperatorError(f"{home} cannot be written: {reason}")
@@ -259,7 +284,49 @@ class _Run:
         final = {name: stored.load(name).double() for name in problem.names}
         return replace(projected, change=projected.distance(final)), stored
 
-    def certified(self, entry: _Entry, items: Mapping[tuple[str, str], Region | Skipped], load: Load) -> ClipRow:
+    def recentre(self, entries: Sequence[_Entry], inputs: Tensor | None, *, biases: bool) -> None:
+        """Move the running means (or biases) behind changed weights."""
+        survey, writer = self.job.found.survey, self.writer
+        if writer is None:
+            return
+        new = writer.reload(self.edits)
+        if inputs is not None:
+            if survey.live is None:
+                raise UsageError(
+                    "--calibrate runs the network, and this file has no program that may run",
+                    hint="give --arch, or --trust for a pickled module",
+                )
+            self.progress(Step("calibrating"))
+            moved = calibrated_means(survey.live, self.checkpoint, self.edits, inputs)
+            self.edits.update(moved)
+            for entry in entries:
+                if entry.projected is not None and isinstance(entry.item, Region):
+                    homes = {home for name in _means(entry.item) for home in writer.homes(name) or ()}
+                    entry.recentered = tuple(name for name in moved if name in homes)
+            return
+        if survey.graph is None:
+            return
+        changed = {entry.item.key: entry for entry in entries if entry.projected is not None}
+        touched = {node.inputs[1] for entry in changed.values() for node in _operators(entry.item)}
+        for item in survey.items:
+            if not isinstance(item, Region) or not item.maximal:
+                continue
+            if not touched & {node.inputs[1] for node in _operators(item)}:
+                continue
+            moved_here = recentred(item, survey.graph, self.job.load, new, biases=biases)
+            stored: list[str] = []
+            for name, value in writer.edits(moved_here.means, self.checkpoint.read).items():
+                if can_write(self.checkpoint, name) is None and name not in self.edits:
+                    self.edits[name] = value.to(self.checkpoint.read(name).dtype)
+                    stored.append(name)
+            for entry in changed.values():
+                weights = {node.inputs[1] for node in _operators(entry.item)}
+                if weights & {node.inputs[1] for node in _operators(item)}:
+                    entry.recentered = (*entry.recentered, *stored)
+
+    def certified(
+        self, entry: _Entry, items: Mapping[tuple[str, str], Region | Skipped], load: Load
+    ) -> ClipRow:
         """Return the row of an operator as it now stands."""
         row, limit = entry.row, entry.limit
         if entry.action == "listed":
@@ -288,6 +355,7 @@ class _Run:
             change_scaling=made.scaling,
             raw_change=entry.raw_change,
             below_limit_disturbed=_disturbed(row, after_row, limit or 0.0),
+            recentered=entry.recentered,
             iterations=made.iterations,
             solver=made.method,
             reason=made.note,
@@ -301,6 +369,15 @@ def _region(item: Region | Skipped) -> Region:
     if not isinstance(item, Region):
         raise OperatorError(f"{item.key} was not analysed")
     return item
+
+
+def _operators(item: Region | Skipped) -> list[Node]:
+    nodes = item.nodes if isinstance(item, Region) else ()
+    return [node for node in nodes if isinstance(node.op, (Conv, Linear, Embedding))]
+
+
+def _means(region: Region) -> list[str]:
+    return [node.inputs[3] for node in region.nodes if isinstance(node.op, BatchNorm) and node.inputs[3]]
 
 
 def _enclosed(row: Row) -> Enclosed:

@@ -18,6 +18,8 @@ from spectool.errors import UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.clip import ClipReport
 
+RECENTER = ("none", "auto", "bias")
+
 
 def clip_(
     module: torch.nn.Module,
@@ -31,6 +33,7 @@ def clip_(
     exact: bool = False,
     prove: bool = False,
     method: Method = "auto",
+    recenter: str = "none",
     k: int = 8,
     seed: int = 0,
     progress: Progress = silent,
@@ -56,6 +59,8 @@ def clip_(
         prove: Whether to go on until the proven bound of every operator, not only its σ₁, is within the limit.
         method: ``auto``, ``svd``, ``bundle``, ``symbol``, or one to compare with: ``scale``, ``fastclip``,
             ``sedghi``.
+        recenter: ``none`` leaves every buffer alone; ``auto`` moves running means so that the mean of what a batch
+            norm gives stays, which keeps most of the accuracy; ``bias`` moves biases where there is no running mean.
         k: How many singular values to report per row.
         seed: Seed of the start vectors.
         progress: Receives steps.
@@ -75,12 +80,24 @@ def clip_(
         True
     """
     bounds = checked_limits(max, method)
+    if recenter not in RECENTER:
+        raise UsageError(f"recenter={recenter!r} makes no sense", hint=f"use {', '.join(RECENTER)}")
     selection = Selection(level, layers, exclude, kinds, None)
     progress(Step("finding operators"))
     attached = attach(module, selection, input_shape)
     bounds.check_used((item.key, item.weights) for item in attached.job.wanted)
     options = ClipOptions(method=method, exact=exact, seed=seed)
-    return clip_attached(attached, bounds, selection, input_shape, options, k=k, prove=prove, progress=progress)
+    return clip_attached(
+        attached,
+        bounds,
+        selection,
+        input_shape,
+        options,
+        k=k,
+        prove=prove,
+        recenter=recenter,
+        progress=progress,
+    )
 
 
 def checked_limits(max: float | Mapping[str, float] | Bounds, method: str) -> Bounds:
@@ -106,6 +123,7 @@ def clip_attached(
     *,
     k: int = 8,
     prove: bool = False,
+    recenter: str = "none",
     progress: Progress = silent,
 ) -> ClipReport:
     """Clip a module whose operators are known; see ``clip_``."""
@@ -117,24 +135,20 @@ def clip_attached(
         "clip_method": options.method,
         "exact": options.exact,
         "prove": prove,
+        "recenter": recenter,
     }
     run = _Run(
         job, attached.as_checkpoint(), attached.writer, measuring, options, prove=prove, progress=progress
     )
     with apart():
-        entries = [
-            run.measure(index, item, bounds, selection.kinds) for index, item in enumerate(job.items)
-        ]
+        entries = [run.measure(index, item, bounds, selection.kinds) for index, item in enumerate(job.items)]
         run.clip(entries)
+        if recenter != "none" and run.edits:
+            run.recentre(entries, None, biases=recenter == "bias")
         attached.write(run.edits)
         if attached.group is not None:
-            homes = {home for item in job.items for home in _homes(attached, item.weights)}
-            attached.agree(sorted(homes))
+            attached.agree(sorted(attached.owners))
         items = {(item.key, _level(item)): item for item in job.items}
         rows = tuple(run.certified(entry, items, attached.load) for entry in entries)
     report = report_of(job.found, [row.row for row in rows], settings)
     return ClipReport(rows, report, None, tuple(run.edits), prove)
-
-
-def _homes(attached: Attached, weights: Sequence[str]) -> list[str]:
-    return [name for name in weights if name in attached.owners]

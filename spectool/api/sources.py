@@ -168,7 +168,8 @@ def _trusted(checkpoint: Checkpoint, shapes: Mapping[str, Shape | Scalar] | None
     module = _module_in(loaded)
     if module is None:
         raise CheckpointError(f"{checkpoint.path} holds no module", hint="leave --trust away")
-    return survey_live(module.float(), shapes, notes=("its own code was run (--trust)",))
+    found = survey_live(module.float(), shapes, notes=("its own code was run (--trust)",))
+    return replace(found, live=(module, {}))
 
 
 def _module_in(value: Any) -> torch.nn.Module | None:
@@ -213,7 +214,7 @@ def _as_module(
         replace(item, assumed=(*item.assumed, label)) if isinstance(item, Region) else item
         for item in found.items
     )
-    return replace(found, items=items)
+    return replace(found, items=items, live=(module, dict(match.keys)))
 
 
 def named_shapes(shapes: InputShapes | None) -> dict[str, Shape | Scalar] | None:

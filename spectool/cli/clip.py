@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spectool.cli import options as opt
-from spectool.cli.clip_target import choose_checkpoint, choose_recentering, recentering, spare_inputs
+from spectool.cli.clip_target import choose_checkpoint, choose_recentering, spare_inputs
 from spectool.cli.clipped import conclude_clip
 from spectool.cli.output import choose_target, deliver
 from spectool.cli.parsing import check_numbers, check_source, parse_arguments, parse_inputs, split_list
@@ -70,7 +70,7 @@ def clip(
             opt.COMPUTE,
             "--calibrate",
             metavar="FILE",
-            help="Inputs of the model (.npz, .pt) to measure means and covariances on.",
+            help="Inputs of the model (.npz, .pt) to match means on; needs a program that may run.",
         ),
     ] = None,
     top_k: opt.TopK = 8,
@@ -140,8 +140,8 @@ def clip(
             method=method.value, k=top_k, input_shape=shapes, tol=tol, max_matvecs=max_matvecs, seed=seed,
             device=device, dtype=dtype, level=level.value, layers=tuple(layers or ()), exclude=tuple(exclude or ()),
             kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key, arch=arch, arch_args=arguments,
-            recognise=not no_recognise, trust=trust, hash=hash, progress=progress,
-            **recentering(means, calibrate),
+            recognise=not no_recognise, trust=trust, hash=hash, recenter=means, calibrate=calibrate,
+            progress=progress,
         )  # fmt: skip
 
     def draw(width: int | None) -> tuple[RenderableType, list[str]]:

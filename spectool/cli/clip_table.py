@@ -105,12 +105,12 @@ def _path(row: ClipRow) -> str | Text:
     """Return ``12.956 → 3.0000``, or the one value where nothing moved."""
     before, after = (None if value is None else value.sigma for value in (row.before, row.after))
     if row.action == "refused" or before is None or after is None:
-        return _number(before)
+        return _beside(before, row.limit)
     if row.action != "clipped" and row.change is None:
         return _number(after)
-    if row.within is False and row.limit is not None:
-        return Text(f"{significant(before)} → {distinct(after, row.limit)}", "red")
-    return f"{significant(before)} → {significant(after)}"
+    if row.within is False:
+        return Text(f"{_beside(before, row.limit)} → {_beside(after, row.limit)}", "red")
+    return f"{_beside(before, row.limit)} → {significant(after)}"
 
 
 def _bound(row: ClipRow) -> str | Text:
@@ -133,6 +133,13 @@ def _result(row: ClipRow, prove: bool) -> Text:
     if row.row.converged is False:
         return Text("not converged", "yellow")
     return Text(_WORDS.get(row.action, row.action), _STYLES[row.action])
+
+
+def _beside(value: float | None, limit: float | None) -> str:
+    """Return a number with as many digits as it takes to show that it is above the limit."""
+    if value is None or limit is None or value <= limit or float(significant(value)) > limit:
+        return _number(value)
+    return distinct(value, limit)
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from spectool.cli.messages import say
 from spectool.errors import OutputError, UsageError
@@ -114,7 +113,3 @@ def _same(first: Path, second: Path) -> bool:
     if first.exists() and second.exists():
         return first.samefile(second)
     return first.resolve() == second.resolve()
-
-
-def recentering(means: str, calibrate: Path | None) -> dict[str, Any]:
-    return {}

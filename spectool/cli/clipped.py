@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 from spectool.cli.messages import say
-from spectool.cli.numbers import rounded_up, significant
+from spectool.cli.numbers import significant
 from spectool.cli.output import Target
 from spectool.report.clip import ClipReport, ClipRow
 
@@ -31,21 +32,30 @@ def conclude_clip(report: ClipReport, target: Target, *, verbose: bool = False) 
     if not target.quiet:
         for note in report.report.notes:
             say(note, label="note")
-        if report.adjusted:
-            verb = "follows" if len(report.adjusted) == 1 else "follow"
-            say(
-                f"{_count(len(report.adjusted), 'mean')} {verb} the weights, by at most "
-                f"{significant(max(report.adjusted.values()))} standard deviations",
-                label="note",
-            )
+        moved = means_line(report)
+        if moved:
+            say(moved, label="note")
     say(report.summary())
     if not target.quiet:
         say(written_line(report))
-        hint = next_step(report)
-        if hint:
+        for hint in next_steps(report):
             say(hint, label="hint")
     analysed, total, skipped = report.coverage
     say(f"{analysed} of {total} linear maps analysed, {skipped} skipped")
+
+
+def means_line(report: ClipReport) -> str:
+    """Return how many running means and biases moved with the weights; empty if none did."""
+    moved = {name for row in report.rows for name in row.recentered} | set(report.adjusted)
+    if not moved:
+        return ""
+    far = (
+        f", by at most {significant(max(report.adjusted.values()))} standard deviations"
+        if report.adjusted
+        else ""
+    )
+    noun = "running mean or bias follows" if len(moved) == 1 else "running means or biases follow"
+    return f"{len(moved)} {noun} the weights{far} (--no-recenter leaves them alone)"
 
 
 def written_line(report: ClipReport) -> str:
@@ -56,29 +66,40 @@ def written_line(report: ClipReport) -> str:
     if report.output is None:
         return f"nothing written (--dry-run): {tensors} would change"
     if not count:
-        return f"wrote {report.output}: nothing had to change, it is a copy"
+        return f"wrote {report.output}: nothing changed, it is a copy"
     return f"wrote {report.output}: {tensors} changed, all other bytes are identical"
 
 
-def next_step(report: ClipReport) -> str:
-    """Return the most useful thing to do next; empty if there is none."""
+def next_steps(report: ClipReport) -> Iterator[str]:
+    """Yield what would be useful to do next."""
     gated = [row for row in report.rows if row.action in ("clipped", "kept")]
+    clipped = [row.row for row in gated if row.action == "clipped"]
     loose = sum(row.row.converged is False for row in gated)
-    open_rows = [row for row in gated if row.proven is False]
+    anywhere = sum(any(text.startswith("infinite grid") for text in row.assumed) for row in clipped)
+    if anywhere and not report.report.settings.get("all_sizes"):
+        way = (
+            "--input" if report.report.format == "onnx" else "--arch with --input, or an ONNX or .pt2 export,"
+        )
+        yield f"{_count(anywhere, 'row')} clipped for every input size: {way} would change less"
     if loose:
-        return f"{_count(loose, 'row')} not converged: raise --max-matvecs"
-    if report.output is None:
-        return "-o OUT instead of --dry-run writes it" if report.changed else ""
-    if not gated:
-        return ""
-    check = f"spectool check {_call(report.output, report)}"
-    if not open_rows:
-        return "" if report.counts["refused"] else f"{check} proves it"
-    near = [excess for row in open_rows if (excess := _excess(row)) is not None and excess <= _NEAR]
-    # A bound found again is the same up to rounding; the share that is printed must do.
-    slack = f" --slack {rounded_up(max(near) * 100 * (1 + 1e-6) + 1e-7)}%" if near else ""
-    more = "" if report.prove else "; clip --prove goes on until the bound itself is within"
-    return f"{_count(len(open_rows), 'row')} not proven within: {check}{slack} decides{more}"
+        yield f"{_count(loose, 'row')} not converged: raise --max-matvecs"
+    elif report.output is None:
+        yield from ["-o OUT instead of --dry-run writes it"] if report.changed else []
+    elif gated:
+        yield from _certificate(report, [row for row in gated if row.proven is False])
+
+
+def _certificate(report: ClipReport, open_rows: Sequence[ClipRow]) -> Iterator[str]:
+    """Yield how to prove what was written, unless rows were refused: they decide what `check` says."""
+    check = f"spectool check {_call(report.output or '', report)}"
+    if open_rows:
+        near = [excess for row in open_rows if (excess := _excess(row)) is not None and excess <= _NEAR]
+        # A bound found again is the same up to rounding; the share that is printed must do.
+        slack = f" --slack {_share(max(near) * (1 + 1e-6))}" if near else ""
+        more = "" if report.prove else "; clip --prove goes on until the bound itself is within"
+        yield f"{_count(len(open_rows), 'row')} not proven within: {check}{slack} decides{more}"
+    elif not report.counts["refused"]:
+        yield f"{check} proves it"
 
 
 def _call(path: str, report: ClipReport) -> str:
@@ -88,7 +109,8 @@ def _call(path: str, report: ClipReport) -> str:
 
 def _words(settings: Mapping[str, Any]) -> Iterator[str]:
     for pattern, limit in (settings.get("max") or {}).items():
-        yield from ("--max", f"{limit:.17g}" if pattern == "*" else f"{pattern}={limit:.17g}")
+        number = repr(float(limit)).removesuffix(".0")
+        yield from ("--max", number if pattern == "*" else f"{pattern}={number}")
     for name, shape in (settings.get("input_shape") or {}).items():
         text = "x".join(str(size) for size in shape) if isinstance(shape, (list, tuple)) else str(shape)
         yield from ("--input", f"{name}={text}" if name else text)
@@ -112,6 +134,17 @@ def _excess(row: ClipRow) -> float | None:
     if row.after is None or row.after.proven is None or row.limit is None:
         return None
     return row.after.proven / row.limit - 1
+
+
+def _share(value: float) -> str:
+    """Return a share in per cent to two digits, rounded up.
+
+    Example:
+        >>> _share(0.00501), _share(0.0000341), _share(1e-16)
+        ('0.51%', '0.0035%', '0.0000010%')
+    """
+    rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(Decimal(max(value * 100, 1e-6)))
+    return f"{rounded:f}%"
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,16 +20,17 @@ Written by `python -m spectool.cli.reference`; a test keeps it equal to the prog
 
 stdout carries data only; messages, progress and hints go to stderr. On a terminal the result is a table that fits its
 width (what had to be left out is named on stderr); in a pipe it is TSV with all columns and digits. The last line on
-stderr of `inspect` and `check` is the coverage line, `21 of 21 linear maps analysed, 0 skipped`: it counts operators
-with a weight matrix or kernel (convolutions, linear layers, embeddings, recurrent matrices). `docs/formats.md`
-describes the formats.
+stderr of `inspect`, `clip` and `check` is the coverage line, `21 of 21 linear maps analysed, 0 skipped`: it counts
+operators with a weight matrix or kernel (convolutions, linear layers, embeddings, recurrent matrices).
+`docs/formats.md` describes the formats.
 
 ## Where a value comes from
 
 Flags, then `SPECTOOL_*` environment variables (the last column below; several values are separated by spaces), then
 `[tool.spectool]` in the nearest `spectool.toml` or `pyproject.toml` upward from the working directory, up to the root
 of the repository. Keys are option names without dashes in front; `[tool.spectool.inspect]` is for one command only.
-`--output` and `--debug` cannot be set in a file. `NO_COLOR` and `COLUMNS` are respected.
+`--output`, `--report`, `--force`, `--in-place` and `--debug` cannot be set in a file. `NO_COLOR` and `COLUMNS` are
+respected.
 
     [tool.spectool]
     top-k = 4
@@ -42,15 +43,17 @@ of the repository. Keys are option names without dashes in front; `[tool.spectoo
 
 | code | meaning |
 | ---: | --- |
-| 0 | done; `check`: every limit is proven |
+| 0 | done; `check`: every limit is proven; `clip`: every operator with a limit is within it |
 | 1 | `check`: a proven violation |
 | 2 | usage, or an input that cannot be read; nothing was written |
 | 3 | internal error (traceback with `--debug`) |
 | 4 | `check`: undecided (an interval straddles its limit; a row not converged, failed or skipped) |
+| 4 | `clip`: a row not clipped, failed or not converged; under `--prove` also a bound that exceeds its limit |
 | 5 | `--strict`, and some linear operators were skipped |
 | 130 | interrupted; no half file is left |
 
-Where several apply, the first of 130, 3, 2, 1, 4, 5, 0 counts. `docs/check.md` says how `check` decides.
+Where several apply, the first of 130, 3, 2, 1, 4, 5, 0 counts. `docs/check.md` says how `check` decides,
+`docs/clip.md` what `clip` writes.
 """
 
 

@@ -28,7 +28,20 @@ BLOCK = 16
 """Leading pairs that join per round."""
 
 SUBSPACE = 32
-"""Pairs the dual variable may live on: 528 unknowns."""
+"""Pairs the dual variable may live on at first: 528 unknowns."""
+
+LARGEST = 64
+"""... and where the gap stops falling: 2080 unknowns."""
+
+_NEW = 4
+"""Random rows in a block that otherwise starts from what is known: a direction that the known ones never reach
+(another frequency of a circular convolution) is found."""
+
+_SLOW = 0.7
+"""Share of the gap of two rounds ago from which on a round counts as slow."""
+
+_UNSEEN = 4e-4
+"""Relative excess of a weight that seemed to obey at which a round is taken back."""
 
 _PAIR_BYTES = 1 << 29
 _FEWEST = 24
@@ -78,7 +91,7 @@ def bundle(
         rounds: Most rounds.
         seed: Of the start vectors.
         block: Pairs that join per round.
-        subspace: Most pairs in the subspace; fewer where their images would not fit into 512 MB.
+        subspace: Pairs in the subspace at first; fewer where their images would not fit into 512 MB.
         feasible: Whether the result has to obey the limit; else the last weight will do.
         progress: Receives a step per round.
 
@@ -87,23 +100,30 @@ def bundle(
     """
     source = torch.Generator().manual_seed(seed)
     start = family.start
-    subspace = max(
-        _FEWEST, min(subspace, int((2 * _PAIR_BYTES / (start.numel() * start.element_size())) ** 0.5))
-    )
+    most = max(_FEWEST, int((2 * _PAIR_BYTES / (start.numel() * start.element_size())) ** 0.5))
+    # No more than r pairs carry the solution, r(r+1)/2 ≤ numel w.
+    rank = int((2.0 * start.numel()) ** 0.5) + 1
+    block, subspace = min(block, max(6, rank + 4)), min(subspace, max(12, 2 * rank + 8))
+    subspace, most = min(subspace, most), min(max(subspace, LARGEST), most)
     block = min(block, subspace // 2)
     found = leading(family.at(start), block, source, level=limit, tol=1e-2)
     spent = found.applications
+    if float(found.values[0]) <= limit * (1 + 1e-3):
+        found = leading(family.at(start), block, source, start=flat(found.right), level=limit, tol=1e-6)
+        spent += found.applications
+        if float(found.values[0]) <= limit:
+            return Projection(start, 0.0, "bundle", 0, spent + family.applications)
     fixed = 0.0 if family.homogeneous else _norm(family, torch.zeros_like(start), source)
     dual = _Dual(family, limit)
     best, nearest, lower, count = math.inf, start, 0.0, 0
+    gaps: list[float] = []
     while count < rounds:
         count += 1
         dual.extend(found, subspace - block)
         weight, bound = dual.solve()
         lower = max(lower, bound)
-        found = leading(
-            family.at(weight), block, source, start=flat(found.right), level=limit, tol=1e-4, excess=0.1
-        )
+        known = flat(found.right)[: max(1, block - _NEW)]
+        found = leading(family.at(weight), block, source, start=known, level=limit, tol=1e-4, excess=0.1)
         spent += found.applications
         top = float(found.values[0])
         # A feasible candidate: w itself, or w scaled down; σ₁ is convex on the way to the fixed part alone.
@@ -120,7 +140,15 @@ def bundle(
             Step("bundle", matvecs=spent + family.applications, residual=residual, message=f"round {count}")
         )
         if residual <= gap:
-            break
+            # What a warm start did not see, a cold one does.
+            cold = leading(family.at(nearest), block, source, level=limit, tol=1e-4, excess=0.1)
+            spent += cold.applications
+            if float(cold.values[0]) <= limit * (1 + _UNSEEN):
+                break
+            best, found = math.inf, cold
+        gaps.append(residual)
+        if len(gaps) > 2 and gaps[-1] > _SLOW * gaps[-3] and subspace < most:
+            subspace, block, gaps = min(most, subspace + 16), min(block + 8, subspace // 2), []
     if math.isinf(best) and not feasible:
         nearest = weight
     elif math.isinf(best):
@@ -206,7 +234,7 @@ class _Dual:
             stack = torch.cat([stack, self._rest[None]])
             linear = torch.cat([linear, torch.tensor([self._rest_linear], dtype=torch.float64)])
         gram = (stack @ stack.T).double()
-        self._y = minimise(gram, linear, p)
+        self._y = minimise(gram, linear, p, images=stack.double() if stack.shape[1] < len(gram) else None)
         t = len(self._linear)
         self._slack = smat(gram[:t] @ self._y - self._linear, p)
         step = self._y.to(stack.dtype) @ stack

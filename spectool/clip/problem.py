@@ -162,6 +162,10 @@ class Coordinates:
         """x₀."""
         return self.weight if self.scale is None else self.weight * self.scale
 
+    def divided(self, unit: float) -> Coordinates:
+        """Return the coordinates of w/unit."""
+        return self if unit == 1.0 else Coordinates(self.weight / unit, self.scale, self.metric)
+
     def to_weight(self, x: Tensor) -> Tensor:
         """Return w of x."""
         if self.scale is None:

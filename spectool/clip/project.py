@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,6 +29,9 @@ _SMALL = 500_000
 
 _ROUNDS, _GOOD = 6, 0.03
 """Rounds of the bundle that accompany the symbol, and the gap at which they stop."""
+
+_ORDINARY = 1e-6, 1e6
+"""Limits between which nothing is rescaled."""
 
 _GROUPS = 64
 """Groups above the limit from which on they are solved together, by the symbol."""
@@ -104,21 +107,44 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
     scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
     metric: Metric = "weights" if scale is None else "folded"
     coordinates = Coordinates(problem.load(name).double(), scale, metric)
-    made, factor = _solve(problem, coordinates, forms, options, progress)
-    weight = coordinates.to_weight(made.weight.cpu().reshape(coordinates.weight.shape))
+    unit = _unit(problem, forms)
+    made, factor = _solve(_divided(problem, unit), coordinates.divided(unit), forms, options, progress)
+    made = replace(made, weight=made.weight.double().cpu() * unit, lower=made.lower * unit)
+    weight = coordinates.to_weight(made.weight.reshape(coordinates.weight.shape))
     length = float(torch.linalg.vector_norm(coordinates.start))
     return Projected(
         weights={name: weight},
         metric=metric,
         change=coordinates.distance(weight),
         lower=made.lower / length if made.lower > 0 else None,
-        scaling=1.0 - 1.0 / before if factor else None,
+        scaling=max(0.0, 1.0 - 1.0 / before) if factor and before > 0 else None,
         method=made.method,
         iterations=made.iterations,
         applications=made.applications,
         distance=lambda values: coordinates.distance(values[name]),
         note=made.note,
     )
+
+
+def _unit(problem: Problem, forms: Sequence[Closed | None]) -> float:
+    """Return the power of two that weights and limits are divided by: 1 unless the limits are far from it."""
+    limit = problem.constraints[0].limit
+    if _ORDINARY[0] <= limit <= _ORDINARY[1] or any(form is None for form in forms):
+        return 1.0
+    return 2.0 ** round(math.log2(limit))
+
+
+def _divided(problem: Problem, unit: float) -> Problem:
+    if unit == 1.0:
+        return problem
+    (name,) = problem.names
+
+    def load(wanted: str) -> Tensor:
+        value = problem.load(wanted)
+        return value.double() / unit if wanted == name else value
+
+    constraints = tuple(replace(c, limit=c.limit / unit) for c in problem.constraints)
+    return replace(problem, constraints=constraints, load=load)
 
 
 def _solve(

@@ -66,7 +66,7 @@ def project_several(
         if joint.norm(reached) > max(1.0, joint.norm(present)) * 1.02:
             reached = {name: torch.lerp(present[name], reached[name], 0.5) for name in start}
         candidate = joint.scaled(reached)
-        moved = _distance(start, candidate)
+        moved = distance(start, candidate)
         progress(Step(problem.key, matvecs=joint.applications, message=f"pass {count}"))
         done = convex or moved > change * (1 - _BETTER)
         lower = made.lower if convex else 0.0
@@ -97,22 +97,23 @@ def _projected(
     spent: int,
     note: str,
 ) -> Projected:
-    plain = _distance(start, joint.scaled(start)) if joint.degree else None
+    plain = distance(start, joint.scaled(start)) if joint.degree else None
     return Projected(
         weights=best,
         metric="weights",
-        change=_distance(start, best),
+        change=distance(start, best),
         lower=None,
         scaling=plain,
         method=method,
         iterations=count,
         applications=spent,
-        distance=lambda values: _distance(start, values),
+        distance=lambda values: distance(start, values),
         note=note,
     )
 
 
-def _distance(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> float:
+def distance(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> float:
+    """Return ‖w − w₀‖/‖w₀‖ over several constants together."""
     moved = sum(float((values[name].double() - start[name]).square().sum()) for name in start)
     return math.sqrt(moved / max(sum(float(value.square().sum()) for value in start.values()), 1e-300))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spectool.clip.problem import Problem
 from spectool.clip.project import Options, Projected, project
-from spectool.clip.several import project_several
+from spectool.clip.several import distance, project_several
 from spectool.progress import Progress, silent
 
 
@@ -20,6 +20,23 @@ def solve(problem: Problem, before: float, options: Options, progress: Progress 
     Raises:
         OperatorError: If no values obey the limits, or a region cannot be built.
     """
+    if before <= 1.0 and options.method == "auto" and not options.all_sizes:
+        return _unchanged(problem)
     if len(problem.names) == 1:
         return project(problem, before, options, progress)
     return project_several(problem, before, options, progress)
+
+
+def _unchanged(problem: Problem) -> Projected:
+    start = {name: problem.load(name).double() for name in problem.names}
+    return Projected(
+        weights=start,
+        metric="weights",
+        change=0.0,
+        lower=0.0,
+        scaling=0.0,
+        method="none",
+        iterations=0,
+        applications=0,
+        distance=lambda values: distance(start, values),
+    )

@@ -81,7 +81,8 @@ def _solve(
         better = moved < change[still]
         best[still[better]], change[still[better]] = candidate[better], moved[better]
         top[still[better]] = (reached / excess)[better]
-        done = (change[still] <= lower[still] * (1 + gap)) & (excess <= 1 + tol)
+        loss = change[still] / lower[still].clamp_min(1e-300) - 1
+        done = ((loss <= gap) & (excess <= 1 + tol)) | (loss <= 0.1 * gap)
         if bool(done.all()) or state.iterations == taken or state.iterations >= _MOST:
             return _Found(best, lower, top, state.iterations)
         if bool(done.any()):

@@ -63,7 +63,7 @@ def survey_graph(graph: Graph, known: Known, *, source: str, notes: Sequence[str
     if known.plain is not None and known.provenance is not None:
         writer = TracedWriter(load, known.plain, known.provenance, {**known.parts, **context.parts})
     items = tuple(_numbered([row.item for row in placed]))
-    return Survey(items, load, source, (*notes, *more_notes), writer)
+    return Survey(items, load, source, (*notes, *more_notes), writer, graph)
 
 
 def _layers(context: Context) -> dict[int, _Placed]:

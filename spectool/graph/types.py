@@ -206,6 +206,9 @@ class Survey:
         source: Which front-end spoke: ``onnx``, ``modules``, ``tensors``, ``tape``.
         notes: What a user should know, in words.
         writer: The way back from constants to stored tensors; None where nothing can be written.
+        graph: The program that was cut into regions; None where there is none.
+        live: (a module that may run, name of its parameter or buffer → checkpoint key, empty where they are the
+            same); None where no code may run. Its parameters may hold no values.
     """
 
     items: tuple[Region | Skipped, ...]
@@ -213,3 +216,5 @@ class Survey:
     source: str
     notes: tuple[str, ...] = ()
     writer: Writer | None = None
+    graph: Graph | None = None
+    live: tuple[torch.nn.Module, Mapping[str, str]] | None = None

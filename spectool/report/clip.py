@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectool.report.row import Report, Row
@@ -116,8 +116,10 @@ class ClipReport:
 
     @property
     def coverage(self) -> tuple[int, int, int]:
-        """(analysed, total, skipped) operators with a weight matrix."""
-        return self.report.coverage
+        """(analysed, total, skipped) operators with a weight matrix; those nothing is asked of are not analysed."""
+        asked = replace(self.report, rows=tuple(row.row for row in self.rows if row.action != "listed"))
+        _, total, skipped = self.report.coverage
+        return asked.coverage[0], total, skipped
 
     def exit_code(self, *, strict: bool = False) -> int:
         """Return the exit code: 0 done, 4 something undecided, 5 skipped operators under ``strict``.
