@@ -1,6 +1,6 @@
 """Every operator of the table that has a weight, clipped and stored; σ₁ by the dense float64 SVD of what is stored.
 
-A third of the operators at one level each, chosen by their names; with SPECTOOL_ALL_LEVELS=1 all of them at all
+A quarter of the operators at one level each, chosen by their names; with SPECTOOL_ALL_LEVELS=1 all of them at all
 levels, by default and exactly (20 minutes).
 """
 
@@ -28,7 +28,7 @@ def _runs() -> list[tuple[Subject, float, bool]]:
             runs += [(subject, level, exact) for level in LEVELS for exact in (False, True)]
             continue
         number = zlib.crc32(subject.name.encode())
-        if subject.is_matrix or subject.weight.dtype in HALF or number % 3 == 0:
+        if subject.is_matrix or subject.weight.dtype in HALF or number % 4 == 0:
             runs.append((subject, LEVELS[number // 3 % 4], number // 12 % 2 == 0))
     return runs
 
@@ -43,7 +43,8 @@ def test_what_is_stored_obeys_and_is_near(subject, level, exact):
     limit = level * before
     made = clip([(subject.region, limit)], {"w": subject.weight}, before / limit, exact=exact)
     stored = made.stored.edits["w"]
-    assert stored.dtype == subject.weight.dtype and stored.shape == subject.weight.shape
+    assert stored.dtype == subject.weight.dtype
+    assert stored.shape == subject.weight.shape
     assert bool(stored.isfinite().all())
     half, unit = stored.dtype in HALF, torch.finfo(stored.dtype).eps
     after = subject.sigma(stored)
@@ -74,7 +75,7 @@ def test_zero_weights_stay_zero(subject):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("excess", [0.0, 1e-7, 0.3])
+@pytest.mark.parametrize("excess", [0.0, 1e-9, 0.3])
 @pytest.mark.parametrize("method", ["auto", "bundle"])
 @pytest.mark.parametrize(
     "name",
@@ -87,7 +88,8 @@ def test_what_obeys_stays_bit_by_bit(name, method, excess, exact):
         [(subject.region, limit)], {"w": subject.weight}, 1 / (1 + excess), exact=exact, method=method
     )
     assert torch.equal(made.stored.edits["w"], subject.weight)
-    assert made.projected.change == 0.0 and made.projected.lower in (None, 0.0)
+    assert made.projected.change == 0.0
+    assert made.projected.lower in (None, 0.0)
 
 
 def test_conv1d_of_kernel_9_is_finite_at_any_level():
@@ -97,7 +99,7 @@ def test_conv1d_of_kernel_9_is_finite_at_any_level():
     g = geometry(1, pad=4)
     alone = region([conv_node(g)], ["w"], (6, 24), (6, 24))
     before = np.linalg.norm(conv_dense(weight.double().numpy(), (24,), g), 2)
-    for limit in (0.9 * before, 0.3 * before, 1e-3 * before, 1e-12):
+    for limit in (0.9 * before, 0.5 * before, 1e-3 * before, 1e-12):
         stored = clip([(alone, limit)], {"w": weight}, before / limit).stored.edits["w"]
         after = np.linalg.norm(conv_dense(stored.double().numpy(), (24,), g), 2)
         assert limit * (1 - 3e-4) <= after <= limit * (1 + 1e-9)

@@ -82,7 +82,8 @@ def test_conv_bn_is_clipped_in_place_and_nothing_else_moves() -> None:
     assert changed == {"0.weight", "3.weight", "7.weight"} == set(report.changed)
     assert list(net.state_dict()) == list(before)
     for row in report.rows:
-        assert row.change is not None and row.change_lower_bound is not None
+        assert row.change is not None
+        assert row.change_lower_bound is not None
         assert row.change_lower_bound <= row.change <= 1.10 * row.change_lower_bound
 
 
@@ -181,7 +182,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("wrapper", ["ddp", "dp", "compile", "compile in place", "ddp of compile"])
+@pytest.mark.parametrize("wrapper", ["dp", "compile in place", "ddp of compile"])
 def test_wrappers_are_looked_through(wrapper: str) -> None:
     net = small()
     limit = 0.8 * min(norms(net))

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import spectool
-from spectool.clip.family import ConvFamily
-from spectool.clip.warm import first_rows, follow, warm_bundle, warm_svd
 from spectool.errors import UsageError
-from spectool.linear import ConvGeometry, MatrixMap
 
 SHAPE = (1, 1, 8, 8)
 
@@ -98,15 +95,15 @@ class Training:
 def test_limits_hold_after_every_clip_and_statistics_stay() -> None:
     training = Training()
     net, losses = training.net, []
-    clipper = spectool.SpectralClipper(net, 2.0, every=30, input_shape=SHAPE)
+    clipper = spectool.SpectralClipper(net, 2.0, every=25, input_shape=SHAPE)
     keys, clipped = list(net.state_dict()), 0
-    for number in range(1, 121):
+    for number in range(1, 76):
         losses.append(training.step())
         before, weights = statistics(net), {n: p.detach().clone() for n, p in net.named_parameters()}
         sigma = clipper.step()
         assert same(statistics(net), before)
         assert net.training
-        if number % 30:
+        if number % 25:
             assert same({n: p.detach() for n, p in net.named_parameters()}, weights)
             continue
         truth = norms(net)
@@ -116,7 +113,7 @@ def test_limits_hold_after_every_clip_and_statistics_stay() -> None:
         changed = {n for n, p in net.named_parameters() if not torch.equal(p, weights[n])}
         assert changed <= {"0.weight", "3.weight", "8.weight"}
         clipped += bool(changed)
-    assert clipped == 4
+    assert clipped == 3
     assert list(net.state_dict()) == keys
     assert np.mean(losses[-20:]) < 0.5 < np.mean(losses[:5])
     report = clipper.finish()
@@ -182,6 +179,18 @@ def test_schedule() -> None:
     assert [top <= 0.5 * (1 + 1e-4) for top in tops] == [False] * 5 + [True, False]
 
 
+def test_half_a_percent_above_is_clipped_and_nothing_above_is_left() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(9, 7)
+    limit = float(np.linalg.norm(layer.weight.detach().double().numpy(), 2)) / 1.005
+    clipper = spectool.SpectralClipper(layer, limit, every=1)
+    assert clipper.clip() == ("weight",)
+    kept = layer.weight.detach().clone()
+    assert limit * (1 - 1e-5) <= np.linalg.norm(kept.double().numpy(), 2) <= limit * (1 + 1e-4)
+    assert clipper.clip() == ()
+    assert torch.equal(layer.weight, kept)
+
+
 def test_resumed_training_is_the_same_bit_by_bit() -> None:
     whole = Training()
     clipper = spectool.SpectralClipper(whole.net, 2.0, every=5, input_shape=SHAPE)
@@ -224,7 +233,7 @@ def test_autocast_does_not_reach_inside() -> None:
     assert max(norms(nets[1]).values()) <= 0.3 * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_types(dtype: torch.dtype) -> None:
     net = small().to(dtype)
     limit = 0.6 * min(norms(net).values())
@@ -243,7 +252,7 @@ def alone() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("wrapper", ["ddp", "compile", "ddp of compile"])
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp of compile"])
 def test_wrapped_models_train_as_they_are(wrapper: str) -> None:
     net = small(dropout=0.0)
     wrapped: Any = torch.compile(net, backend="eager") if "compile" in wrapper else net
@@ -269,6 +278,62 @@ def test_weights_replaced_after_the_start_are_seen() -> None:
     assert max(norms(net).values()) <= 0.5 * (1 + 1e-4)
 
 
+def test_a_model_moved_to_another_type_is_followed() -> None:
+    net = small()
+    clipper = spectool.SpectralClipper(net, 0.5, every=1, input_shape=SHAPE)
+    net.to(torch.bfloat16)
+    net[1].running_var.mul_(0.1)
+    net[1].weight.data.mul_(1.5)
+    clipper.step()
+    assert max(norms(net).values()) <= 0.5 * (1 + 1e-4)
+    assert all(row.within for row in clipper.finish().rows)
+    assert max(norms(net).values()) <= 0.5 * (1 + 1e-9)
+
+
+class Residual(nn.Module):
+    def __init__(self, fixed: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.fixed = nn.Linear(5, 5, bias=False), fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fixed * x + self.inner(x)
+        return y
+
+
+def test_a_branch_without_weights_counts() -> None:
+    net = Residual(0.5)
+    clipper = spectool.SpectralClipper(net, 0.8, every=1, input_shape=(1, 5))
+    (key,) = clipper.step()
+    truth = np.linalg.norm(0.5 * np.eye(5) + net.inner.weight.detach().double().numpy(), 2)
+    assert 0.8 * (1 - 3e-4) <= truth <= 0.8 * (1 + 1e-4)
+    assert clipper.sigma[key] == pytest.approx(truth, rel=1e-4)
+
+
+def test_a_limit_out_of_reach_is_said_once_and_training_goes_on() -> None:
+    # What the network only reads cannot be changed by its weight: rows and columns beyond it stay 1.
+    net = nn.Sequential(Shared(), nn.ReLU(), nn.Linear(6, 2))
+    clipper = spectool.SpectralClipper(net, 0.5, every=1, input_shape=(1, 6))
+    with pytest.warns(UserWarning, match="not clipped: 1"):
+        clipper.step()
+    kept = net[0].inner.weight.detach().clone()
+    clipper.step()
+    assert len(clipper.refused) == 1
+    assert torch.equal(net[0].inner.weight, kept)
+    assert float(np.linalg.norm(net[2].weight.detach().double().numpy(), 2)) <= 0.5 * (1 + 1e-4)
+
+
+class Shared(nn.Module):
+    """Half of the input goes through a layer, half of it past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(x[:, :3]), x[:, 3:]], dim=1)
+
+
 def test_weights_that_are_not_finite_are_logged_and_left() -> None:
     net = small()
     clipper = spectool.SpectralClipper(net, 0.5, every=1, input_shape=SHAPE)
@@ -287,7 +352,7 @@ def test_a_weight_that_cannot_be_set_is_said() -> None:
     torch.manual_seed(0)
     hidden = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
     net = nn.Sequential(hidden, nn.ReLU(), nn.Linear(4, 3))
-    with pytest.warns(UserWarning, match=r"1 operators are not clipped \(0.weight"):
+    with pytest.warns(UserWarning, match=r"not clipped: 1 \(0.weight"):
         clipper = spectool.SpectralClipper(net, 0.5, every=1, input_shape=(1, 4))
     assert list(clipper.refused) == ["0.weight"]
     clipper.step()
@@ -306,57 +371,6 @@ def test_what_cannot_be_used_is_said() -> None:
     second = spectool.SpectralClipper(net, 1.0, input_shape=SHAPE, layers=["8.weight"])
     with pytest.raises(UsageError, match="another model or selection"):
         second.load_state_dict(first.state_dict())
-
-
-# --- the parts -----------------------------------------------------------------------------------------------
-
-
-def test_following_gives_the_leading_values_whatever_the_scale() -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(30, 20)
-    truth = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
-    for factor in (1e-12, 1.0, 1e12):
-        A = MatrixMap(matrix * factor)
-        rows = first_rows(A, 4, torch.Generator().manual_seed(0))
-        values, rows = follow(A, rows, 60)
-        np.testing.assert_allclose(values[:2].numpy() / factor, truth[:2], rtol=1e-3)
-        assert torch.allclose(rows @ rows.T, torch.eye(4), atol=1e-5)
-    values, rows = follow(MatrixMap(torch.zeros(3, 5)), torch.eye(2, 5), 1)
-    assert values.tolist() == [0.0, 0.0]
-    assert torch.isfinite(rows).all()
-
-
-def test_kept_triplets_give_the_projection_of_a_large_matrix() -> None:
-    torch.manual_seed(0)
-    left, right = (np.linalg.qr(torch.randn(n, 520).double().numpy())[0] for n in (600, 520))
-    values = np.concatenate([[3.0, 2.5, 2.0], np.linspace(1.4, 0.1, 517)])
-    matrix = torch.tensor(left @ np.diag(values) @ right.T, dtype=torch.float32)
-    wanted = left @ np.diag(np.minimum(values, 1.5)) @ right.T
-    rows = torch.tensor(right[:, :4].T + 0.01, dtype=torch.float32)
-    made = warm_svd(matrix, 1.5, rows, torch.Generator().manual_seed(0))
-    assert made is not None
-    np.testing.assert_allclose(made[0].numpy(), wanted, atol=1e-5)
-    assert warm_svd(matrix, 0.5, rows, torch.Generator().manual_seed(0)) is None
-
-
-def test_the_warm_projection_obeys_and_changes_less_than_scaling() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(6, 4, 3, 3, dtype=torch.float64)
-    geometry = ConvGeometry((1, 1), ((1, 1), (1, 1)), (1, 1))
-    family = ConvFamily(weight, (4, 6, 6), geometry)
-
-    def norm(w: Tensor) -> float:
-        return jacobian_norm(lambda x: nn.functional.conv2d(x, w, padding=1), (4, 6, 6))
-
-    top = norm(weight)
-    source = torch.Generator().manual_seed(0)
-    rows = first_rows(family.at(weight), 4, source)
-    made = warm_bundle(family, 0.9 * top, rows, source)
-    assert made is not None
-    assert 0.9 * top * (1 - 1e-3) <= norm(made.weight) <= 0.9 * top * (1 + 1e-4)
-    # Scaling changes it by 0.1.
-    assert float((made.weight - weight).norm() / weight.norm()) < 0.08
-    assert made.gap <= 0.05
 
 
 # --- the page --------------------------------------------------------------------------------------------------

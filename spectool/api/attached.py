@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from spectool.checkpoint import Checkpoint, TensorRef
 from spectool.errors import UsageError
 from spectool.graph import Skipped
 from spectool.graph.writing import Writer
+
+Load = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Attached:
 
     @property
     def writer(self) -> Writer | None:
-        """The way back from constants to tensors of the module."""
-        return self.job.found.survey.writer
+        """The way back from constants to tensors of the module, as these are when it is used."""
+        found = self.job.found.survey.writer
+        return None if found is None else _LiveWriter(found, self)
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer as it is now: itself, not a copy."""
@@ -62,10 +65,12 @@ class Attached:
         """Return a constant as regions read it, from the tensors as they are now."""
         if name in self.owners:
             return self.read(name)
-        homes = None if self.writer is None else self.writer.homes(name)
-        if self.writer is not None and homes:
-            return self.writer.reload({home: self.read(home) for home in homes if home in self.owners})(name)
-        return self.job.found.survey.load(name)
+        survey = self.job.found.survey
+        homes = None if survey.writer is None else survey.writer.homes(name)
+        if survey.writer is not None and homes:
+            now = {home: self.read(home) for home in homes if home in self.owners}
+            return survey.writer.reload(now)(name)
+        return survey.load(name)
 
     def write(self, edits: Mapping[str, Tensor]) -> None:
         """Copy values into tensors of the module; identity, gradients, flags, strides and hooks stay."""
@@ -92,6 +97,39 @@ class Attached:
     def leads(self) -> bool:
         """Whether this process is the first of those that hold a copy."""
         return self.group is None or torch.distributed.get_rank(self.group) == 0
+
+
+@dataclass(frozen=True)
+class _LiveWriter:
+    """A writer that knows the tensors of the module as they are now: those it was made with may be gone.
+
+    Attributes:
+        inner: The writer of the front-end.
+        attached: The module.
+    """
+
+    inner: Writer
+    attached: Attached
+
+    def homes(self, name: str) -> tuple[str, ...] | None:
+        """Return the tensors behind a constant, if it can be changed."""
+        return self.inner.homes(name)
+
+    def edits(self, updates: Mapping[str, Tensor], read: Load | None = None) -> dict[str, Tensor]:
+        """Return new values of tensors that make constants the wanted ones."""
+        return self.inner.edits(updates, read or self.attached.read)
+
+    def reload(self, stored: Mapping[str, Tensor]) -> Load:
+        """Return the loader of constants once ``stored`` tensors have these values and all others those of now."""
+
+        def load(name: str) -> Tensor:
+            homes = self.inner.homes(name) or ()
+            if not any(home in stored for home in homes):
+                return self.attached.load(name)
+            now = {home: stored[home] if home in stored else self.attached.read(home) for home in homes}
+            return self.inner.reload(now)(name)
+
+        return load
 
 
 def attach(model: Module, selection: Selection, input_shape: InputShapes | None) -> Attached:

@@ -15,6 +15,7 @@ from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.job import Job, Selection, numbered, open_job, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
 from spectool.api.rows import Load, Options, analysed_row, listed_row
+from spectool.api.settling import refined_row
 from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import Checkpoint, can_write, write_checkpoint
 from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
@@ -168,7 +169,15 @@ def clip(
         job_after = job
     rows = tuple(run.certified(entry, items, load) for entry in entries)
     report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
-    return ClipReport(rows, report, None if target is None else str(target), tuple(run.edits), prove)
+    return ClipReport(
+        rows,
+        report,
+        None if target is None else str(target),
+        tuple(run.edits),
+        prove,
+        tensors=len(checkpoint.tensors),
+        source=str(source),
+    )
 
 
 def _checked_target(source: Path, out: Path, force: bool) -> Path:
@@ -306,23 +315,25 @@ class _Run:
             return
         if survey.graph is None:
             return
-        changed = {entry.item.key: entry for entry in entries if entry.projected is not None}
-        touched = {node.inputs[1] for entry in changed.values() for node in _operators(entry.item)}
-        for item in survey.items:
-            if not isinstance(item, Region) or not item.maximal:
-                continue
-            if not touched & {node.inputs[1] for node in _operators(item)}:
-                continue
-            moved_here = recentred(item, survey.graph, self.job.load, new, biases=biases)
-            stored: list[str] = []
-            for name, value in writer.edits(moved_here.means, self.checkpoint.read).items():
-                if can_write(self.checkpoint, name) is None and name not in self.edits:
-                    self.edits[name] = value.to(self.checkpoint.read(name).dtype)
-                    stored.append(name)
-            for entry in changed.values():
-                weights = {node.inputs[1] for node in _operators(entry.item)}
-                if weights & {node.inputs[1] for node in _operators(item)}:
-                    entry.recentered = (*entry.recentered, *stored)
+        changed = {
+            node.inputs[1]
+            for entry in entries
+            if entry.projected is not None
+            for node in _operators(entry.item)
+        }
+        maximal = [item for item in survey.items if isinstance(item, Region) and item.maximal]
+        found = recentred(maximal, survey.graph, self.job.load, new, changed, biases=biases)
+        stored: dict[str, str] = {}
+        for name, value in found.means.items():
+            for home, tensor in writer.edits({name: value}, self.checkpoint.read).items():
+                known = self.checkpoint.tensors.get(home)
+                if known is not None and can_write(self.checkpoint, home) is None and home not in self.edits:
+                    self.edits[home] = tensor.to(self.checkpoint.read(home).dtype)
+                    stored[name] = home
+        for entry in entries:
+            if isinstance(entry.item, Region):
+                reads = [name for node in entry.item.nodes for name in node.inputs]
+                entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
 
     def certified(
         self, entry: _Entry, items: Mapping[tuple[str, str], Region | Skipped], load: Load
@@ -336,12 +347,24 @@ class _Run:
         item = items.get((entry.item.key, _level(entry.item)))
         if row.status == "ok" and item is not None:
             cold = replace(self.options, certify=True, seed=self.options.seed + 1)
+            self.progress(Step(item.key, message="measuring what is stored"))
             after_row = analysed_row(item, load, cold)
+            loose = after_row.upper is None or after_row.upper > (limit or 0.0)
+            if loose or after_row.upper_kind == "probabilistic":
+                after_row = refined_row(item, load, cold, after_row) or after_row
         after = _enclosed(after_row)
         after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
         if entry.action == "refused" or entry.projected is None:
             action = "refused" if entry.action == "refused" else "kept"
-            return ClipRow(after_row, action, limit, before, after, reason=entry.reason)  # type: ignore[arg-type]
+            return ClipRow(
+                after_row,
+                action,  # type: ignore[arg-type]
+                limit,
+                before,
+                after,
+                recentered=entry.recentered,
+                reason=entry.reason,
+            )
         made = entry.projected
         return ClipRow(
             row=after_row,

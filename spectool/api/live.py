@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -127,7 +128,8 @@ def clip_attached(
     progress: Progress = silent,
 ) -> ClipReport:
     """Clip a module whose operators are known; see ``clip_``."""
-    job = attached.job
+    # What the job remembers may be gone by now.
+    job = replace(attached.job, load=attached.load)
     measuring = Options(k=k, seed=options.seed)
     settings = {
         **settings_of(measuring, Ways(), selection, input_shape),

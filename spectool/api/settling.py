@@ -15,7 +15,7 @@ from spectool.errors import OperatorError
 from spectool.graph.types import Region, Skipped
 from spectool.linear import InfiniteConv, exact_arithmetic, fold, frobenius
 from spectool.lower import lower
-from spectool.progress import Progress
+from spectool.progress import Progress, silent
 from spectool.report.check import CheckRow
 from spectool.report.row import Row
 from spectool.spectrum.arguments import check_finite, moderate
@@ -60,14 +60,34 @@ def settle(
         if quick.verdict == "proven":
             return quick
     first = verdict(analysed_row(item, load, options, progress))
-    row = first.row
-    if first.verdict != "undecided" or isinstance(item, Skipped) or not _dense_helps(row, options):
+    if first.verdict != "undecided":
         return first
+    refined = refined_row(item, load, options, first.row, progress)
+    return first if refined is None else verdict(refined)
+
+
+def refined_row(
+    item: Region | Skipped, load: Load, options: Options, row: Row, progress: Progress = silent
+) -> Row | None:
+    """Return the row of a small operator by a dense factorisation, exact to the last digits.
+
+    Args:
+        item: The operator.
+        load: Reads a constant by name.
+        options: What shaped the numbers of ``row``.
+        row: Its row so far, whose interval is too wide.
+        progress: Receives steps.
+
+    Returns:
+        The row; None where it is exact already or too large (a side above 2048).
+    """
+    if isinstance(item, Skipped) or not _dense_helps(row, options):
+        return None
     dense = analysed_row(item, load, replace(options, method="exact"), progress)
     if dense.status != "ok":
-        return first
+        return None
     spent = [(row.seconds or 0.0) + (dense.seconds or 0.0), (row.matvecs or 0) + (dense.matvecs or 0)]
-    return verdict(replace(dense, seconds=spent[0], matvecs=int(spent[1])))
+    return replace(dense, seconds=spent[0], matvecs=int(spent[1]))
 
 
 def level_of(item: Region | Skipped) -> Literal["layer", "composed"]:

@@ -32,7 +32,7 @@ class SpectralClipper:
 
     Call ``step`` after ``optimizer.step()``. Every step follows the leading singular vectors by one block power
     step, whose estimates go to ``on_step``. Every ``every`` steps σ₁ of each operator is found, from these vectors
-    and a random one, and what exceeds its limit is projected: the nearest weights to within 5 %, in place. After it
+    and a cold start, and what exceeds its limit is projected: the nearest weights to within 5 %, in place. After it
     σ₁ ≤ limit to 1e-4.
 
     Operators are those of evaluation mode, with the running statistics as they are; these, the mode of the model,
@@ -57,7 +57,8 @@ class SpectralClipper:
         on_step: Receives operator key → estimate of σ₁ after every step.
 
     Attributes:
-        refused: Key → why an operator cannot be clipped; said once by a warning, too.
+        refused: Key → why an operator is not clipped: its weight cannot be set, or no weight obeys its limit; said
+            once by a warning, too.
         applications: Operator applications so far.
 
     Raises:
@@ -135,7 +136,13 @@ class SpectralClipper:
                 continue
             # A layer and a composition may have one key.
             name = item.key if item.key not in self._followed else f"{item.key} ({item.level})"
-            self._followed[name] = Followed(item, limit)
+            one = Followed(item, limit)
+            try:
+                one.map(self._attached.load)
+            except OperatorError as error:
+                self.refused[name] = str(error)
+                continue
+            self._followed[name] = one
             constraints.append(Constraint(item, limit))
             names.append(name)
         writer = self._attached.writer
@@ -145,10 +152,12 @@ class SpectralClipper:
         if writer is not None:
             self._problems = [tracked(problem, writer, self._triplets, by_region) for problem in problems]
         if self.refused:
-            shown = "; ".join(f"{key}: {reason}" for key, reason in list(self.refused.items())[:3])
-            warnings.warn(
-                f"{len(self.refused)} operators are not clipped ({shown})", UserWarning, stacklevel=4
-            )
+            self._warn(self.refused)
+
+    def _warn(self, refused: Mapping[str, str]) -> None:
+        shown = "; ".join(f"{key}: {reason}" for key, reason in list(refused.items())[:3])
+        text = f"operators that are not clipped: {len(refused)} ({shown})"
+        warnings.warn(text, UserWarning, stacklevel=4)
 
     @property
     def sigma(self) -> Mapping[str, float]:
@@ -166,16 +175,14 @@ class SpectralClipper:
 
         Returns:
             Operator key → estimate of σ₁, as ``on_step`` receives it.
-
-        Raises:
-            OperatorError: If no weights obey a limit.
         """
         self._count += 1
         with apart():
             due = self._count > self.warmup and self._count % self.every == 0
-            for name, one in self._followed.items():
-                if self.cheap_steps:
-                    self._cheap_applications += self._follow(name, one)
+            for one in self._followed.values() if self.cheap_steps else ():
+                self._cheap_applications += one.step(
+                    self._attached.load, self._triplets, self.cheap_steps, self._source
+                )
         if due:
             self.clip()
         sigma = self.sigma
@@ -188,8 +195,15 @@ class SpectralClipper:
         changed = []
         with apart():
             for problem in self._problems if self._attached.leads else ():
-                if problem.clip(self._attached.read, self._attached.write, self._options, self._source):
-                    changed.append(problem.problem.key)
+                key = problem.problem.key
+                try:
+                    if problem.clip(self._attached.read, self._attached.write, self._options, self._source):
+                        changed.append(key)
+                except OperatorError as error:
+                    # A training of many hours must not end here; it is said once.
+                    if key not in self.refused:
+                        self._warn({key: str(error)})
+                    self.refused[key] = str(error)
             if self._attached.group is not None:
                 self._attached.agree(sorted(self._homes()))
         return tuple(changed)
@@ -257,12 +271,6 @@ class SpectralClipper:
             rows = state["rows"].get(name)
             one.rows = None if rows is None else rows.detach().cpu().float().clone()
             one.sigma = float(state["sigma"][name])
-
-    def _follow(self, name: str, one: Followed) -> int:
-        try:
-            return one.step(self._attached.load, self._triplets, self.cheap_steps, self._source)
-        except OperatorError as error:
-            raise OperatorError(f"{name}: {error}") from error
 
     def _homes(self) -> set[str]:
         writer = self._attached.writer

@@ -40,6 +40,9 @@ _NEW = 4
 _SLOW = 0.7
 """Share of the gap of two rounds ago from which on a round counts as slow."""
 
+_FAR = 30.0
+"""Times ‖w₀‖ beyond which no weight is looked for."""
+
 _UNSEEN = 4e-4
 """Relative excess of a weight that seemed to obey at which a round is taken back."""
 
@@ -114,14 +117,23 @@ def bundle(
         if float(found.values[0]) <= limit:
             return Projection(start, 0.0, "bundle", 0, spent + family.applications)
     fixed = 0.0 if family.homogeneous else _norm(family, torch.zeros_like(start), source)
+    best, nearest, lower, count = math.inf, start, family.floor(limit), 0
+    if family.homogeneous:
+        tight = leading(family.at(start), block, source, start=flat(found.right), level=math.inf, tol=1e-4)
+        spent += tight.applications
+        nearest = start * (limit / float(tight.values[0]))
+        best = float(torch.linalg.vector_norm(nearest - start))
+        if best <= lower * (1 + gap):
+            return Projection(nearest, lower, "scaled", 0, spent + family.applications)
     dual = _Dual(family, limit)
-    best, nearest, lower, count = math.inf, start, 0.0, 0
     gaps: list[float] = []
     while count < rounds:
         count += 1
         dual.extend(found, subspace - block)
         weight, bound = dual.solve()
         lower = max(lower, bound)
+        if math.isinf(best) and lower > _FAR * float(torch.linalg.vector_norm(start)):
+            break
         known = flat(found.right)[: max(1, block - _NEW)]
         found = leading(family.at(weight), block, source, start=known, level=limit, tol=1e-4, excess=0.1)
         spent += found.applications
@@ -233,8 +245,10 @@ class _Dual:
         if self._rest is not None:
             stack = torch.cat([stack, self._rest[None]])
             linear = torch.cat([linear, torch.tensor([self._rest_linear], dtype=torch.float64)])
-        gram = (stack @ stack.T).double()
-        self._y = minimise(gram, linear, p, images=stack.double() if stack.shape[1] < len(gram) else None)
+        # Where few weights span the images, gram and images must agree to the last digit.
+        images = stack.double() if stack.shape[1] < len(stack) else None
+        gram = (stack @ stack.T).double() if images is None else images @ images.T
+        self._y = minimise(gram, linear, p, images=images)
         t = len(self._linear)
         self._slack = smat(gram[:t] @ self._y - self._linear, p)
         step = self._y.to(stack.dtype) @ stack

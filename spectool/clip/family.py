@@ -51,6 +51,10 @@ class Family:
         self.applications += len(right)
         return gradient.detach()
 
+    def floor(self, limit: float) -> float:
+        """Return a lower bound on ‖w′ − w₀‖ over all w′ within the limit, good where that is tiny; 0 if unknown."""
+        return 0.0
+
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return L*(½(uᵢvⱼᵀ + uⱼvᵢᵀ)) for i ≤ j in the order of ``triu_indices``, ``(p(p+1)/2, numel)``.
 
@@ -134,8 +138,35 @@ class ConvFamily(Family):
             return ConvMap(weight, in_shape, geometry, dtype=start.dtype, device=start.device)
 
         super().__init__(build, start)
-        self._geometry = geometry
-        self._patches = _patches(build(start), geometry, tuple(start.shape[2:]), start)
+        self._geometry, self._map = geometry, build(start)
+        self._patches = _patches(self._map, geometry, tuple(start.shape[2:]), start)
+
+    def floor(self, limit: float) -> float:
+        """Return the value of the dual at Z = t·A(w₀/n), n being how often each tap is used: L*Z = t·w₀.
+
+        It is ‖w₀‖ − c‖A(w₀/n)‖_*/‖w₀‖, and the nuclear norm is at most √rank times the Frobenius norm, which is
+        ‖w₀/√n‖.
+        """
+        A, g = self._map, self._geometry
+        narrow, wide = (A.in_shape, A.out_shape) if g.transposed else (A.out_shape, A.in_shape)
+        each = []
+        for axis, k in enumerate(self.start.shape[2:]):
+            s, d, low, n = g.stride[axis], g.dilation[axis], g.padding[axis][0], wide[1 + axis]
+            reads = torch.arange(narrow[1 + axis])[:, None] * s + torch.arange(k) * d - low
+            if g.padding_mode == "zeros":
+                each.append(((reads >= 0) & (reads < n)).sum(dim=0))
+            elif g.padding_mode == "circular" and len((reads[:1] % n).unique()) == k:
+                each.append(torch.full((k,), len(reads)))
+            else:
+                return 0.0
+        counts = each[0]
+        for more in each[1:]:
+            counts = counts[..., None] * more
+        weight = self.start.double().cpu() * (counts > 0)
+        length = float(torch.linalg.vector_norm(weight))
+        spread = float(torch.linalg.vector_norm(weight / counts.clamp_min(1).sqrt()))
+        rank = min(prod(A.out_shape), prod(A.in_shape))
+        return max(0.0, length - limit * rank**0.5 * spread / length) if length > 0 else 0.0
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return what ``Family.pairs`` returns: per pair one product (out, positions) × (positions, in·taps)."""

@@ -8,110 +8,184 @@ data. Where the convolution reads what a batch norm and a ReLU have left, the me
 per channel. And the running mean itself is W·t: of all t that explain it the one nearest to the first estimate is
 taken. (So scaling W by a number moves the mean by exactly that number, and a first layer with no more taps than
 outputs needs no first estimate.)
+
+A clip also narrows what comes out: a row of W that shrinks to ρ times its length leaves ρ|γ| for |γ| behind the
+batch norm, whose positive part has another mean, and so the batch norm after the next
+convolution has to follow too, though nothing else changed there. Regions are gone through in the order of the graph.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from spectool.graph.types import BatchNorm, Call, Conv, Graph, Linear, Node, Opaque, Region
+from spectool.clip.moments import Moments, matrices, moments_of, shares, spreads
+from spectool.graph.types import BatchNorm, Conv, Graph, Linear, Node, Region
 from spectool.lower.replay import constant_names, execute
 
 Load = Callable[[str], Tensor]
 
-_RELU = ("onnx.Relu", "aten.relu", "aten.relu_")
 _RIDGE = 1e-3
 """Relative to the largest squared singular value: a running mean is known to a few per cent only."""
-
-_PASSING = ("onnx.Identity", "onnx.Dropout", "aten.clone", "aten.detach", "aten.dropout", "aten.alias")
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What a region's batch norms need.
+    """What batch norms need.
 
     Attributes:
-        means: Running mean (or bias), as the region reads it → new value, float64.
-        shift: Largest move over the standard deviation of the channel; over the largest entry for a bias.
-        reason: Why nothing was moved, if nothing was; empty where nothing had to be.
+        means: Running mean (or bias), as regions read it → new value, float64.
+        shifts: The same → largest move over the standard deviation of the channel (over the largest entry for a
+            bias).
+        reasons: Key of a region whose weights changed → why nothing was moved there.
     """
 
-    means: Mapping[str, Tensor] = field(default_factory=dict)
-    shift: float = 0.0
-    reason: str = ""
+    means: dict[str, Tensor] = field(default_factory=dict)
+    shifts: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
-def recentred(region: Region, graph: Graph, old: Load, new: Load, *, biases: bool = False) -> Moved:
-    """Return running means that keep the mean of every batch norm's output in a region.
+def recentred(
+    regions: Sequence[Region], graph: Graph, old: Load, new: Load, changed: Set[str], *, biases: bool = False
+) -> Moved:
+    """Return running means that keep the mean of every batch norm's output.
 
-    The region is run twice in float64, with the old and the new weights, on the constant map of its input's mean;
-    real padding included (at the border a tap is used less). Each mean moves by the difference at its batch norm,
-    in order, so that what follows sees it moved.
+    Each region is run twice in float64, with the old and the new weights, on the constant maps of its input's means;
+    real padding included (at the border a tap is used less). Each mean moves by the difference at its batch norm, in
+    order, so that what follows sees it moved.
 
     Args:
-        region: A region whose weights changed.
-        graph: The program around it.
+        regions: The maximal regions, in the order of the graph.
+        graph: The program around them.
         old: Reads constants as they were.
         new: Reads constants as they are now.
+        changed: The constants that changed.
         biases: Whether a convolution without a batch norm behind it is corrected by its bias.
     """
-    norms = [node for node in region.nodes if isinstance(node.op, BatchNorm)]
-    correctable = [
-        node for node in region.nodes if biases and isinstance(node.op, Conv) and len(node.inputs) > 2
-    ]
-    if not norms and not correctable:
-        return Moved(reason="no batch norm behind it")
-    if region.in_shape is None:
-        return Moved(reason="its input size is not known")
-    mean = mean_of(graph, region.root, old)
-    if mean is None:
-        mean = _explaining_mean(region, old)
-    if mean is None:
-        return Moved(reason="the mean of its input is not known without data (--calibrate)")
-    x = _constant_map(mean, region)
-    if x is None:
-        return Moved(reason="its input has another number of channels than the batch norm before it")
-    return _follow(region, x, old, new, biases)
+    made = Moved()
+    narrowed: dict[str, Tensor] = {}
+    producer = {output: node for node in graph.nodes for output in node.outputs}
+    for region in regions:
+        touched = any(name in changed for node in region.nodes for name in node.inputs)
+        norms = any(isinstance(node.op, BatchNorm) for node in region.nodes)
+        if not norms and not (biases and any(_has_bias(node) for node in region.nodes)):
+            if touched:
+                made.reasons[region.key] = "no batch norm behind it"
+            continue
+        moments = moments_of(producer, region.root, old, narrowed)
+        if not touched and (moments is None or moments.same):
+            continue
+        if region.in_shape is None:
+            made.reasons[region.key] = "its input size is not known"
+            continue
+        if moments is None:
+            mean = _explaining_mean(region, old)
+            if mean is None:
+                made.reasons[region.key] = "the mean of its input is not known without data (--calibrate)"
+                continue
+            moments = Moments(mean, torch.ones_like(mean), mean, torch.ones_like(mean))
+        was, now = _constant_map(moments.mean, region), _constant_map(moments.new_mean, region)
+        if was is None or now is None:
+            made.reasons[region.key] = (
+                "its input has another number of channels than the batch norm before it"
+            )
+            continue
+        _Walk(region, old, new, moments, made, narrowed, biases).follow(was, now)
+    return made
 
 
-def _follow(region: Region, x: Tensor, old: Load, new: Load, biases: bool) -> Moved:
-    names = constant_names(region)
-    before = {name: _wide(old(name)) for name in names}
-    after = {name: _wide(new(name)) for name in names}
-    was, now = {region.root: x}, {region.root: x}
-    means: dict[str, Tensor] = {}
-    shift = 0.0
-    read_by_norm = {node.inputs[0] for node in region.nodes if isinstance(node.op, BatchNorm)}
-    producer = {output: node for node in region.nodes for output in node.outputs}
-    for node in region.nodes:
-        if isinstance(node.op, BatchNorm):
-            source, mean = node.inputs[0], node.inputs[3]
-            moved = _channel_mean(now[source] - was[source], node.op.axis)
-            behind = producer.get(source)
-            more = torch.zeros_like(moved)
-            if behind is not None and mean and len(behind.inputs) > 1:
-                more = _unexplained(behind, was, before, after, before[mean])
-            if mean and mean not in means and float((moved + more).abs().max()) > 0.0:
-                after[mean] = means[mean] = after[mean] + moved + more
-                spread = (before[node.inputs[4]] + node.op.eps).sqrt()
-                shift = max(shift, float(((moved + more).abs() / spread).max()))
-                # The maps do not show ``more``; the mean they are to be centred by must not hold it either.
-                now[source] = now[source] + _along(more, now[source], node.op.axis)
-        _step(node, was, before)
-        _step(node, now, after)
-        if biases and _has_bias(node) and node.outputs[0] not in read_by_norm:
-            out, bias = node.outputs[0], node.inputs[2]
-            moved = _channel_mean(now[out] - was[out], 1)
-            if float(moved.abs().max()) > 0.0:
-                after[bias] = means[bias] = after[bias] - moved
-                now[out] = now[out] - moved.reshape(-1, *[1] * (now[out].dim() - 2))
-                shift = max(shift, float(moved.abs().max()) / max(float(before[bias].abs().max()), 1e-300))
-    return Moved(means, shift)
+@dataclass
+class _Walk:
+    """One region, run twice."""
+
+    region: Region
+    old: Load
+    new: Load
+    moments: Moments
+    made: Moved
+    narrowed: dict[str, Tensor]
+    biases: bool
+
+    def follow(self, before_map: Tensor, after_map: Tensor) -> None:
+        """Run all nodes; note means that move and how much narrower batch norms' outputs become."""
+        region = self.region
+        names = constant_names(region)
+        before = {name: _wide(self.old(name)) for name in names}
+        after = {name: _wide(self.new(name)) for name in names}
+        after.update({name: value for name, value in self.made.means.items() if name in after})
+        was, now = {region.root: before_map}, {region.root: after_map}
+        producer = {output: node for node in region.nodes for output in node.outputs}
+        normed = {node.inputs[0] for node in region.nodes if isinstance(node.op, BatchNorm)}
+        for node in region.nodes:
+            if isinstance(node.op, BatchNorm):
+                behind = producer.get(node.inputs[0])
+                self._norm(node, behind, was, now, before, after)
+            _step(node, was, before)
+            _step(node, now, after)
+            if self.biases and _has_bias(node) and node.outputs[0] not in normed:
+                out, bias = node.outputs[0], node.inputs[2]
+                moved = _channel_mean(now[out] - was[out], 1)
+                if float(moved.abs().max()) > 0.0:
+                    after[bias] = self.made.means[bias] = after[bias] - moved
+                    now[out] = now[out] - _along(moved, now[out], 1)
+                    largest = max(float(before[bias].abs().max()), 1e-300)
+                    self.made.shifts[bias] = float(moved.abs().max()) / largest
+
+    def _norm(
+        self,
+        node: Node,
+        behind: Node | None,
+        was: dict[str, Tensor],
+        now: dict[str, Tensor],
+        before: dict[str, Tensor],
+        after: dict[str, Tensor],
+    ) -> None:
+        """Move the running mean of one batch norm."""
+        if not isinstance(node.op, BatchNorm):
+            return
+        source, mean = node.inputs[0], node.inputs[3]
+        moved = _channel_mean(now[source] - was[source], node.op.axis)
+        more = torch.zeros_like(moved)
+        if behind is not None and mean and len(behind.inputs) > 1:
+            more = _unexplained(behind, was, before, after, before[mean])
+            share = self._narrowing(behind, before, after, before[node.inputs[4]])
+            if share is not None and share.numel() == moved.numel():
+                self.narrowed[node.outputs[0]] = share
+        if mean and mean not in self.made.means and float((moved + more).abs().max()) > 0.0:
+            after[mean] = self.made.means[mean] = after[mean] + moved + more
+            spread = (before[node.inputs[4]] + node.op.eps).sqrt()
+            self.made.shifts[mean] = float(((moved + more).abs() / spread).max())
+            # The maps do not show ``more``; what is centred must.
+            now[source] = now[source] + _along(more, now[source], node.op.axis)
+
+    def _narrowing(
+        self, node: Node, before: Mapping[str, Tensor], after: Mapping[str, Tensor], variance: Tensor
+    ) -> Tensor | None:
+        """Return per channel the standard deviation behind an operator after, over that before.
+
+        The covariance of the taps is taken as a sum of three: of independent pixels, of equal pixels in a channel, and
+        of equal channels, in the shares that explain the running variances best.
+        """
+        old, new = matrices(node, before[node.inputs[1]]), matrices(node, after[node.inputs[1]])
+        if old is None or new is None:
+            return None
+        groups, _, taps = old.shape
+        was, now = self.moments.variance, self.moments.new_variance
+        if was.numel() % groups or taps % (was.numel() // groups):
+            was = now = torch.ones(
+                groups, dtype=torch.float64
+            )  # not the operator that reads the region's input
+        parts = spreads(old, was)
+        found = shares(parts, variance)
+        wide, narrow = found @ parts, found @ spreads(new, now)
+        return (narrow / wide.clamp_min(1e-300)).sqrt().clamp(max=1.0)
+
+
+def _has_bias(node: Node) -> bool:
+    return isinstance(node.op, Conv) and len(node.inputs) > 2 and bool(node.inputs[2])
 
 
 def _unexplained(
@@ -130,7 +204,7 @@ def _unexplained(
         return torch.zeros_like(mean)
     said = _channel_mean(_apply(node, values, before), 1 if isinstance(node.op, Conv) else -1)
     missing = mean - said
-    old, new = _matrices(node, before[name]), _matrices(node, after[name])
+    old, new = matrices(node, before[name]), matrices(node, after[name])
     if old is None or new is None or missing.numel() != old.shape[0] * old.shape[1]:
         return torch.zeros_like(mean)
     missing = missing.reshape(old.shape[0], -1, 1)
@@ -138,24 +212,14 @@ def _unexplained(
     ridge = _RIDGE * torch.linalg.matrix_norm(old, ord=2).square().clamp_min(1e-300)
     gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
     taps = old.transpose(1, 2) @ torch.linalg.solve(gram, missing)
-    return ((new - old) @ taps).flatten()
+    moved: Tensor = (new - old) @ taps
+    return moved.flatten()
 
 
 def _apply(node: Node, values: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
     found = dict(values)
     _step(node, found, constants)
     return found[node.outputs[0]]
-
-
-def _matrices(node: Node, weight: Tensor) -> Tensor | None:
-    """Return W as ``(groups, out, in·taps)`` with outputs in the order of channels; None for transposed ones."""
-    if isinstance(node.op, Linear):
-        if weight.dim() != 2 or node.op.axis != -1:
-            return None
-        return (node.op.alpha * (weight.T if node.op.transposed else weight))[None]
-    if not isinstance(node.op, Conv) or node.op.geometry.transposed:
-        return None
-    return weight.reshape(node.op.geometry.groups, weight.shape[0] // node.op.geometry.groups, -1)
 
 
 def _explaining_mean(region: Region, load: Load) -> Tensor | None:
@@ -173,7 +237,7 @@ def _explaining_mean(region: Region, load: Load) -> Tensor | None:
     if norm is None or not norm.inputs[3] or (isinstance(node.op, Conv) and node.op.geometry.groups > 1):
         return None
     constants = {name: _wide(load(name)) for name in constant_names(region)}
-    matrix = _matrices(node, constants[node.inputs[1]])
+    matrix = matrices(node, constants[node.inputs[1]])
     if matrix is None:
         return None
     shape = tuple(region.in_shape or ())
@@ -205,51 +269,14 @@ def _explaining_mean(region: Region, load: Load) -> Tensor | None:
         return None
     ridge = _RIDGE * float(torch.linalg.matrix_norm(response, ord=2)) ** 2
     gram = response.T @ response + (ridge + 1e-300) * torch.eye(response.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, response.T @ wanted)
+    found: Tensor = torch.linalg.solve(gram, response.T @ wanted)
+    return found
 
 
 def _along(mean: Tensor, like: Tensor, axis: int) -> Tensor:
     shape = [1] * like.dim()
     shape[axis] = -1
     return mean.reshape(shape)
-
-
-def _has_bias(node: Node) -> bool:
-    return isinstance(node.op, Conv) and len(node.inputs) > 2 and bool(node.inputs[2])
-
-
-def mean_of(graph: Graph, name: str, load: Load) -> Tensor | None:
-    """Return the mean per channel of a value that is max(0, batch norm), in float64; None for any other.
-
-    A batch norm's output has, over data, mean β and standard deviation |γ| per channel; taken as normal, its
-    positive part has the mean |γ|·φ(β/|γ|) + β·Φ(β/|γ|).
-    """
-    producer = {output: node for node in graph.nodes for output in node.outputs}
-    node = _skip(producer, name)
-    if node is None or not isinstance(node.op, Opaque) or _bare(node.op.name) not in _RELU:
-        return None
-    node = _skip(producer, node.inputs[0])
-    if node is None or not isinstance(node.op, BatchNorm) or not node.inputs[2]:
-        return None
-    beta = load(node.inputs[2]).double()
-    gamma = load(node.inputs[1]).double().abs() if node.inputs[1] else torch.ones_like(beta)
-    ratio = beta / gamma.clamp_min(1e-300)
-    density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
-    share = 0.5 * (1.0 + torch.erf(ratio / math.sqrt(2.0)))
-    return torch.where(gamma > 0, gamma * density + beta * share, beta.clamp_min(0.0))
-
-
-def _bare(name: str) -> str:
-    """Return an operation's name without its overload."""
-    parts = name.split(".")
-    return ".".join(parts[:2])
-
-
-def _skip(producer: Mapping[str, Node], name: str) -> Node | None:
-    node = producer.get(name)
-    while node is not None and isinstance(node.op, Call) and _bare(node.op.name) in _PASSING:
-        node = producer.get(node.inputs[0])
-    return node
 
 
 def _constant_map(mean: Tensor, region: Region) -> Tensor | None:

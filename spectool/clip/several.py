@@ -17,7 +17,7 @@ from torch import Tensor
 from spectool.clip.bundle import bundle
 from spectool.clip.family import Family
 from spectool.clip.leading import leading
-from spectool.clip.problem import Coordinates, Problem, family_in, uses
+from spectool.clip.problem import Coordinates, Problem, family_in, operator_of, uses
 from spectool.clip.project import Options, Projected
 from spectool.errors import OperatorError
 from spectool.linear import LinearMap
@@ -85,6 +85,35 @@ def project_several(
         return replace(found, lower=lower / length if lower > 0 else None)
     note = f"{together}: not convex, no lower bound"
     return _projected(start, best, joint, before, "bundle, linearised", count, joint.applications, note)
+
+
+def bends(problem: Problem) -> bool:
+    """Return whether a problem with one constant is not affine in it: it is used twice in a row."""
+    (name,) = problem.names
+    for constraint in problem.constraints:
+        region = constraint.region
+        if sum(node.inputs.count(name) for node in region.nodes) < 2 or region.in_shape is None:
+            continue
+        make = operator_of(region, problem.load, torch.float64, torch.device("cpu"))
+        weight, source = problem.load(name).double(), torch.Generator().manual_seed(0)
+        other = weight * torch.randn(weight.shape, generator=source, dtype=torch.float64)
+        x = torch.randn(1, *region.in_shape, generator=source, dtype=torch.float64)
+        with torch.no_grad():
+            ends = make({name: weight}).matvec(x) + make({name: other}).matvec(x)
+            middle = 2.0 * make({name: 0.5 * (weight + other)}).matvec(x)
+        if float((ends - middle).abs().max()) > 1e-9 * float(ends.abs().max()):
+            return True
+    return False
+
+
+def scale_bent(problem: Problem, before: float, options: Options) -> Projected:
+    """Return the one constant of a problem that ``bends``, scaled to the limit."""
+    if options.method not in ("auto", "scale"):
+        raise OperatorError(f"{options.method} needs operators affine in the weight", hint="use --method auto")
+    start = {name: problem.load(name).double() for name in problem.names}
+    joint = _Joint(problem, start, options.device)
+    note = "a weight used twice in a row: not convex, no lower bound, scaled"
+    return _projected(start, joint.scaled(start), joint, before, "scale", 1, joint.applications, note)
 
 
 def _projected(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spectool.clip.problem import Problem
 from spectool.clip.project import Options, Projected, project
-from spectool.clip.several import distance, project_several
+from spectool.clip.several import bends, distance, project_several, scale_bent
 from spectool.progress import Progress, silent
 
 
@@ -22,6 +22,8 @@ def solve(problem: Problem, before: float, options: Options, progress: Progress 
     """
     if before <= 1.0 and options.method == "auto" and not options.all_sizes:
         return _unchanged(problem)
+    if len(problem.names) == 1 and bends(problem):
+        return scale_bent(problem, before, options)
     if len(problem.names) == 1:
         return project(problem, before, options, progress)
     return project_several(problem, before, options, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from spectool.clip.bundle import _Dual
 from spectool.clip.family import Family, flat
-from spectool.clip.leading import leading
+from spectool.clip.leading import Leading, leading
 from spectool.linear import LinearMap, MatrixMap
 
 _BLOCK = 6
 _PAIRS = 16
 _SMALL = 20_000
+_ROUGH = 6
+_COLD = 4
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def warm_bundle(
     source: torch.Generator,
     *,
     gap: float = 0.05,
-    rounds: int = 12,
+    rounds: int = 10,
     block: int = _BLOCK,
 ) -> Warm | None:
     """Return a weight that obeys a limit, close to the nearest, starting from rows that were kept.
@@ -115,18 +117,59 @@ def warm_bundle(
         dual.extend(found, _PAIRS - block)
         weight, bound = dual.solve()
         lower = max(lower, bound)
-        warm = flat(found.right)[: block - 1]
-        found = leading(family.at(weight), block, source, start=warm, level=limit, tol=1e-3, excess=0.1)
+        # Rough pairs are cuts as good as exact ones; in a cluster at the limit exact ones take ten times as long.
+        found = _rough(family.at(weight), flat(found.right), limit, source)
         spent += found.applications
-        # Scaled down it obeys, to what was found: a feasible candidate in every round.
-        candidate = weight * min(1.0, limit / float(found.values[0]))
+        # Scaled down it obeys, to what was found: a candidate in every round.
+        candidate = weight * (limit / max(limit, float(found.values[0])))
         change = float(torch.linalg.vector_norm(candidate - start))
         if change < best:
             best, nearest, kept = change, candidate, flat(found.right)
+        if best > lower * (1 + gap) and count < rounds:
+            continue
+        found = thorough(family.at(nearest), flat(found.right), source, block)
+        spent += found.applications
+        nearest, kept = nearest * (limit / max(limit, float(found.values[0]))), flat(found.right)
+        best = float(torch.linalg.vector_norm(nearest - start))
         if best <= lower * (1 + gap):
             break
     reached = best / lower - 1.0 if lower > 0 else float("inf")
     return Warm(nearest, kept, reached, count, spent + family.applications)
+
+
+def _rough(A: LinearMap, rows: Tensor, limit: float, source: torch.Generator) -> Leading:
+    """Return about the leading triplets, from rows that were and a random one."""
+    count = len(rows)
+    return leading(
+        A, count, source, start=rows[: count - 1], level=limit, tol=1e-2, excess=0.1, blocks=_ROUGH
+    )
+
+
+def thorough(A: LinearMap, rows: Tensor, source: torch.Generator, count: int) -> Leading:
+    """Return leading triplets, the first to 1e-4 also within a cluster, from kept rows and from a cold start.
+
+    Kept rows that have converged would end an iteration before a random row beside them has come anywhere; what
+    rose above them since (1 % was seen) would be missed. So a few random rows converge on their own first.
+
+    Args:
+        A: The map.
+        rows: Kept right singular rows.
+        source: Of the random rows.
+        count: How many to return.
+    """
+    # A level that none reaches: only the first has to converge.
+    level = float("inf")
+    cold = leading(A, _COLD, source, level=level, tol=3e-4)
+    start = torch.cat([flat(cold.right), rows.to(cold.right)])
+    found = leading(A, len(start), source, start=start, level=level, tol=1e-4)
+    kept = slice(0, count)
+    return replace(
+        found,
+        values=found.values[kept],
+        left=found.left[kept],
+        right=found.right[kept],
+        applications=cold.applications + found.applications,
+    )
 
 
 def warm_svd(
