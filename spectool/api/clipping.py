@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectool.api.calibration import calibrated_means, read_inputs
+from spectool.api.calibration import read_inputs
+from spectool.api.clip_run import ClipRun
 from spectool.api.devices import choose_device, choose_dtype
-from spectool.api.job import Job, Selection, numbered, open_job, report_of, settings_of
+from spectool.api.job import Selection, open_job, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
-from spectool.api.rows import Load, Options, analysed_row, listed_row
-from spectool.api.settling import refined_row
+from spectool.api.rows import Load, Options
+from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
-from spectool.checkpoint import Checkpoint, can_write, write_checkpoint
-from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
+from spectool.checkpoint import write_checkpoint
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
-from spectool.clip.recentre import recentred
-from spectool.errors import OperatorError, OutputError, UsageError
-from spectool.graph import Region, Skipped
-from spectool.graph.types import BatchNorm, Conv, Embedding, Linear, Node
-from spectool.graph.writing import Writer
+from spectool.errors import OutputError, UsageError
 from spectool.progress import Progress, Step, silent
-from spectool.report.clip import ClipReport, ClipRow, Enclosed
-from spectool.report.row import Row
+from spectool.report.clip import ClipReport
 
 RECENTERINGS = ("auto", "bias", "none")
 METHODS = ("auto", "svd", "bundle", "symbol", "scale", "fastclip", "sedghi")
@@ -116,6 +110,15 @@ def clip(
         CheckpointError: If the file cannot be read.
         NothingToAnalyse: If there is no operator, or the filters leave none.
         OutputError: If ``out`` cannot be written; nothing is left half written.
+
+    Example:
+        >>> import spectool
+        >>> report = spectool.clip("sample_models/digits_mlp_state.pt", max=3.0, dry_run=True)
+        >>> [(row.row.layer, row.action) for row in report.rows][:2]
+        [('fc1.weight', 'clipped'), ('fc2.weight', 'kept')]
+        >>> row = report.rows[0]
+        >>> row.after.sigma <= 3.0 and row.change_lower_bound <= row.change < row.change_scaling
+        True
     """
     bounds = as_bounds(max)
     if not bounds:
@@ -151,7 +154,7 @@ def clip(
     if checkpoint is None:
         raise UsageError("only a file can be clipped here", hint="use spectool.clip_ for a live module")
     clip_options = ClipOptions(method, exact, all_sizes, seed, options.device)
-    run = _Run(job, checkpoint, writer, options, clip_options, prove, progress)
+    run = ClipRun(job, checkpoint, writer, options, clip_options, prove, progress)
     entries = [run.measure(index, item, bounds, kinds) for index, item in enumerate(job.items)]
     run.clip(entries)
     if recenter != "none" and run.edits:
@@ -161,11 +164,11 @@ def clip(
         write_checkpoint(checkpoint, target, run.edits, force=force)
         again = open_job(target, ways, selection, input_shape)
         load: Load = again.load
-        items = {(item.key, _level(item)): item for item in again.items}
+        items = {(item.key, level_of(item)): item for item in again.items}
         job_after = again
     else:
         load = job.load if writer is None else writer.reload(run.edits)
-        items = {(item.key, _level(item)): item for item in job.items}
+        items = {(item.key, level_of(item)): item for item in job.items}
         job_after = job
     rows = tuple(run.certified(entry, items, load) for entry in entries)
     report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
@@ -191,241 +194,3 @@ def _checked_target(source: Path, out: Path, force: bool) -> Path:
     if not out.parent.exists():
         raise OutputError(f"there is no folder {out.parent}", hint="create it first")
     return out
-
-
-def _level(item: Region | Skipped) -> str:
-    return item.level if isinstance(item, Region) else "layer"
-
-
-@dataclass
-class _Entry:
-    """One row on its way."""
-
-    item: Region | Skipped
-    row: Row
-    limit: float | None
-    action: str
-    reason: str = ""
-    projected: Projected | None = None
-    raw_change: float | None = None
-    recentered: tuple[str, ...] = ()
-
-
-@dataclass
-class _Run:
-    """One clip of one file."""
-
-    job: Job
-    checkpoint: Checkpoint
-    writer: Writer | None
-    options: Options
-    clip_options: ClipOptions
-    prove: bool
-    progress: Progress
-    edits: dict[str, Tensor] = field(default_factory=dict)
-
-    def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> _Entry:
-        """Return a row as it is before, and whether anything is asked of it."""
-        limit = bounds.for_row(item.key, item.weights)
-        reason = _not_gated(item, limit, kinds)
-        if reason:
-            return _Entry(item, listed_row(item), limit, "listed", reason)
-        report = numbered(self.progress, item.key, index, len(self.job.items))
-        report(Step(item.key))
-        row = analysed_row(item, self.job.load, self.options, report)
-        if row.status != "ok" or not row.sigma or limit is None:
-            return _Entry(item, row, limit, "refused", row.note or "it was not analysed")
-        return _Entry(item, row, limit, "clip" if row.sigma[0] > limit else "kept")
-
-    def clip(self, entries: list[_Entry]) -> None:
-        """Project every problem that has a row above its limit; collect edits of stored tensors."""
-        gated = [entry for entry in entries if entry.action in ("clip", "kept")]
-        constraints = [Constraint(_region(entry.item), entry.limit or 0.0) for entry in gated]
-        problems, refused = group(constraints, self.job.load, self.writer)
-        for index, reason in refused.items():
-            if gated[index].action == "clip":
-                gated[index].action, gated[index].reason = "refused", reason
-        by_region = {
-            id(constraint.region): entry for constraint, entry in zip(constraints, gated, strict=True)
-        }
-        for number, problem in enumerate(problems):
-            members = [by_region[id(constraint.region)] for constraint in problem.constraints]
-            if not any(entry.action == "clip" for entry in members):
-                continue
-            report = numbered(self.progress, problem.key, number, len(problems))
-            report(Step(problem.key))
-            try:
-                projected, stored = self._solve(problem, members, report)
-            except OperatorError as error:
-                for entry in members:
-                    if entry.action == "clip":
-                        entry.action, entry.reason = "refused", f"{error}"
-                continue
-            self.edits.update(stored.edits)
-            for entry in members:
-                entry.projected = projected
-                entry.raw_change = _raw_change(stored.edits, self.checkpoint)
-                if entry.action == "clip":
-                    entry.action = "clipped"
-
-    def _solve(
-        self, problem: Problem, members: Sequence[_Entry], progress: Progress
-    ) -> tuple[Projected, Stored]:
-        if self.writer is None:
-            raise OperatorError("nothing can be written back to this source")
-        read = self.checkpoint.read
-        homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
-        for home in sorted(homes):
-            if home not in self.checkpoint.tensors:
-                raise OperatorError(f"{home} is no tensor of the file")
-            reason = can_write(self.checkpoint, home)
-            if reason:
-                raise OperatorError(f"{home} cannot be written: {reason}")
-        types: Callable[[str], torch.dtype] = lambda name: read(name).dtype  # noqa: E731
-        before = 0.0
-        for entry in members:
-            before = builtin_max(before, entry.row.sigma[0] / (entry.limit or 1.0))
-        projected = solve(problem, before, self.clip_options, progress)
-        seed = self.clip_options.seed
-        stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
-        if self.prove:
-            stored = prove_limit(problem, projected.weights, stored, self.writer, types, read, seed=seed)
-        final = {name: stored.load(name).double() for name in problem.names}
-        return replace(projected, change=projected.distance(final)), stored
-
-    def recentre(self, entries: Sequence[_Entry], inputs: Tensor | None, *, biases: bool) -> None:
-        """Move the running means (or biases) behind changed weights."""
-        survey, writer = self.job.found.survey, self.writer
-        if writer is None:
-            return
-        new = writer.reload(self.edits)
-        if inputs is not None:
-            if survey.live is None:
-                raise UsageError(
-                    "--calibrate runs the network, and this file has no program that may run",
-                    hint="give --arch, or --trust for a pickled module",
-                )
-            self.progress(Step("calibrating"))
-            moved = calibrated_means(survey.live, self.checkpoint, self.edits, inputs)
-            self.edits.update(moved)
-            for entry in entries:
-                if entry.projected is not None and isinstance(entry.item, Region):
-                    homes = {home for name in _means(entry.item) for home in writer.homes(name) or ()}
-                    entry.recentered = tuple(name for name in moved if name in homes)
-            return
-        if survey.graph is None:
-            return
-        changed = {
-            node.inputs[1]
-            for entry in entries
-            if entry.projected is not None
-            for node in _operators(entry.item)
-        }
-        maximal = [item for item in survey.items if isinstance(item, Region) and item.maximal]
-        found = recentred(maximal, survey.graph, self.job.load, new, changed, biases=biases)
-        stored: dict[str, str] = {}
-        for name, value in found.means.items():
-            for home, tensor in writer.edits({name: value}, self.checkpoint.read).items():
-                known = self.checkpoint.tensors.get(home)
-                if known is not None and can_write(self.checkpoint, home) is None and home not in self.edits:
-                    self.edits[home] = tensor.to(self.checkpoint.read(home).dtype)
-                    stored[name] = home
-        for entry in entries:
-            if isinstance(entry.item, Region):
-                reads = [name for node in entry.item.nodes for name in node.inputs]
-                entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
-
-    def certified(
-        self, entry: _Entry, items: Mapping[tuple[str, str], Region | Skipped], load: Load
-    ) -> ClipRow:
-        """Return the row of an operator as it now stands."""
-        row, limit = entry.row, entry.limit
-        if entry.action == "listed":
-            return ClipRow(row, "listed", limit, reason=entry.reason)
-        before = _enclosed(row)
-        after_row = row
-        item = items.get((entry.item.key, _level(entry.item)))
-        if row.status == "ok" and item is not None:
-            cold = replace(self.options, certify=True, seed=self.options.seed + 1)
-            self.progress(Step(item.key, message="measuring what is stored"))
-            after_row = analysed_row(item, load, cold)
-            loose = after_row.upper is None or after_row.upper > (limit or 0.0)
-            if loose or after_row.upper_kind == "probabilistic":
-                after_row = refined_row(item, load, cold, after_row) or after_row
-        after = _enclosed(after_row)
-        after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
-        if entry.action == "refused" or entry.projected is None:
-            action = "refused" if entry.action == "refused" else "kept"
-            return ClipRow(
-                after_row,
-                action,  # type: ignore[arg-type]
-                limit,
-                before,
-                after,
-                recentered=entry.recentered,
-                reason=entry.reason,
-            )
-        made = entry.projected
-        return ClipRow(
-            row=after_row,
-            action="clipped" if entry.action == "clipped" else "kept",
-            limit=limit,
-            before=before,
-            after=after,
-            metric=made.metric,
-            change=made.change,
-            change_lower_bound=made.lower,
-            change_scaling=made.scaling,
-            raw_change=entry.raw_change,
-            below_limit_disturbed=_disturbed(row, after_row, limit or 0.0),
-            recentered=entry.recentered,
-            iterations=made.iterations,
-            solver=made.method,
-            reason=made.note,
-        )
-
-
-builtin_max = max
-
-
-def _region(item: Region | Skipped) -> Region:
-    if not isinstance(item, Region):
-        raise OperatorError(f"{item.key} was not analysed")
-    return item
-
-
-def _operators(item: Region | Skipped) -> list[Node]:
-    nodes = item.nodes if isinstance(item, Region) else ()
-    return [node for node in nodes if isinstance(node.op, (Conv, Linear, Embedding))]
-
-
-def _means(region: Region) -> list[str]:
-    return [node.inputs[3] for node in region.nodes if isinstance(node.op, BatchNorm) and node.inputs[3]]
-
-
-def _enclosed(row: Row) -> Enclosed:
-    return Enclosed(row.sigma[0] if row.sigma else None, row.lower, row.upper)
-
-
-def _not_gated(item: Region | Skipped, limit: float | None, kinds: Sequence[str]) -> str:
-    if isinstance(item, Skipped) and item.status == "nonlinear":
-        return "not linear"
-    if item.operators == 0 and not kinds:
-        return f"no weight matrix (--kind {item.kind} gates it)"
-    return "" if limit is not None else "no limit matches it"
-
-
-def _raw_change(edits: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
-    """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed."""
-    moved = total = 0.0
-    for name, value in edits.items():
-        old = checkpoint.read(name).double()
-        moved += float((value.double() - old).square().sum())
-        total += float(old.square().sum())
-    return (moved / total) ** 0.5 if total > 0 else 0.0
-
-
-def _disturbed(before: Row, after: Row, limit: float) -> float | None:
-    """Return the largest change, over the limit, of a computed value that was below it; None if none was computed."""
-    pairs = [(b, a) for b, a in zip(before.sigma, after.sigma, strict=False) if b < limit]
-    return builtin_max(abs(a - b) for b, a in pairs) / limit if pairs else None

@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 
 from spectool.api.attached import Attached, apart, attach
-from spectool.api.clipping import METHODS, _level, _Run
+from spectool.api.clip_run import ClipRun
+from spectool.api.clipping import METHODS
 from spectool.api.job import Selection, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
 from spectool.api.rows import Options
+from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
@@ -139,7 +141,7 @@ def clip_attached(
         "prove": prove,
         "recenter": recenter,
     }
-    run = _Run(
+    run = ClipRun(
         job, attached.as_checkpoint(), attached.writer, measuring, options, prove=prove, progress=progress
     )
     with apart():
@@ -150,7 +152,7 @@ def clip_attached(
         attached.write(run.edits)
         if attached.group is not None:
             attached.agree(sorted(attached.owners))
-        items = {(item.key, _level(item)): item for item in job.items}
+        items = {(item.key, level_of(item)): item for item in job.items}
         rows = tuple(run.certified(entry, items, attached.load) for entry in entries)
     report = report_of(job.found, [row.row for row in rows], settings)
     return ClipReport(rows, report, None, tuple(run.edits), prove)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spectool.api.attached import apart, attach
-from spectool.api.clipping import _not_gated
+from spectool.api.clip_run import not_gated
 from spectool.api.job import Selection
 from spectool.api.limits import Bounds
 from spectool.api.live import checked_limits, clip_attached
@@ -129,7 +129,7 @@ class SpectralClipper:
         names: list[str] = []
         for item in self._attached.job.items:
             limit = self._bounds.for_row(item.key, item.weights)
-            if _not_gated(item, limit, kinds) or limit is None:
+            if not_gated(item, limit, kinds) or limit is None:
                 continue
             if not isinstance(item, Region):
                 self.refused[item.key] = item.reason

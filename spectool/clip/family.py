@@ -155,7 +155,7 @@ class ConvFamily(Family):
             reads = torch.arange(narrow[1 + axis])[:, None] * s + torch.arange(k) * d - low
             if g.padding_mode == "zeros":
                 each.append(((reads >= 0) & (reads < n)).sum(dim=0))
-            elif g.padding_mode == "circular" and len((reads[:1] % n).unique()) == k:
+            elif g.padding_mode == "circular" and len(set((reads[0] % n).tolist())) == k:
                 each.append(torch.full((k,), len(reads)))
             else:
                 return 0.0

@@ -63,10 +63,9 @@ def leading(
         block = torch.cat([block, fill.to(block)])
     basis = images = block[:0]
     images = torch.zeros(0, prod(A.out_shape), dtype=A.dtype, device=A.device)
-    spent = 0
+    spent, block = 0, _fresh(block, basis)
     while True:
         # Invariant: the rows of ``basis`` are orthonormal and ``images`` are what A makes of them.
-        block = _fresh(block, basis)
         moved = A.matvec(block.reshape(len(block), *A.in_shape)).reshape(len(block), -1)
         basis, images = torch.cat([basis, block]), torch.cat([images, moved])
         gram = images @ images.T
@@ -83,13 +82,14 @@ def leading(
         wanted[0] = True
         residual, blocks = float(norms[wanted].max()), blocks - 1
         enough = max(tol, excess * (float(values[0]) / level - 1.0) if level > 0 else 0.0)
-        fresh = errors[norms > 0.1 * tol]
-        if residual <= enough or blocks <= 0 or len(basis) >= n or not len(fresh):
-            shaped = (left.reshape(-1, *A.out_shape), right.reshape(-1, *A.in_shape))
-            return Leading(values, *shaped, residual, spent)
         if len(basis) > (depth + 1) * count:
             basis, images = turn[:, : 2 * count].T @ basis, turn[:, : 2 * count].T @ images
-        block = fresh
+        # Nothing may be left that is new: of a matrix of low rank all triplets are exact at once.
+        done = residual <= enough or blocks <= 0
+        block = block[:0] if done else _fresh(errors[norms > 0.1 * tol], basis)
+        if not len(block):
+            shaped = (left.reshape(-1, *A.out_shape), right.reshape(-1, *A.in_shape))
+            return Leading(values, *shaped, residual, spent)
 
 
 def _fresh(block: Tensor, basis: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def bends(problem: Problem) -> bool:
 def scale_bent(problem: Problem, before: float, options: Options) -> Projected:
     """Return the one constant of a problem that ``bends``, scaled to the limit."""
     if options.method not in ("auto", "scale"):
-        raise OperatorError(f"{options.method} needs operators affine in the weight", hint="use --method auto")
+        raise OperatorError(
+            f"{options.method} needs operators affine in the weight", hint="use --method auto"
+        )
     start = {name: problem.load(name).double() for name in problem.names}
     joint = _Joint(problem, start, options.device)
     note = "a weight used twice in a row: not convex, no lower bound, scaled"

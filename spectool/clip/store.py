@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from spectool.spectrum import supremum, svds
 
 LOWEST = 3e-4
 """How far below the limit σ₁ may end, relatively, where the stored type can come that close."""
+
+_REPAIRED = 1 << 20
+"""Entries up to which roundings to a half type are repaired; beyond, hundreds of values share the limit."""
+
+_LARGE, _ENOUGH = 1 << 22, 240
+"""Entries from which on σ₁ is measured in float32, with so many applications at most."""
+
+_WIDTH = 2e-4
+"""Relative amount by which an estimate of a large matrix is raised that has not settled."""
 
 _TRIES = 12
 
@@ -50,10 +60,18 @@ def worst_ratio(constraints: tuple[Constraint, ...], load: Load, *, seed: int = 
     """Return (largest σ₁/limit of some regions, applications), each by a cold start in float64."""
     worst, spent = 0.0, 0
     for constraint in constraints:
-        made = lower(constraint.region, load, dtype=torch.float64)
+        large = max(prod(shape) for shape in constraint.region.weight_shapes or ((1,),)) > _LARGE
+        made = lower(constraint.region, load, dtype=torch.float32 if large else torch.float64)
         if isinstance(made, InfiniteConv):
             found = supremum(made)
             worst = max(worst, found.upper[0] / constraint.limit)
+            continue
+        if large:
+            found = svds(made, 1, max_matvecs=_ENOUGH, seed=seed)
+            # What is left of a clipped matrix is a cluster of hundreds of values: an estimate that has not settled is
+            # low by less than the width of that cluster.
+            settled = 3e-7 if found.converged else _WIDTH
+            worst, spent = max(worst, found.values[0] / constraint.limit * (1 + settled)), spent + found.matvecs
             continue
         found = svds(made, 1, tol=1e-6, seed=seed)
         worst, spent = max(worst, found.values[0] / constraint.limit), spent + found.matvecs
@@ -81,12 +99,13 @@ def store(
     """
     start = {name: problem.load(name).double() for name in wanted}
     half = _half_type(problem, wanted, writer, types, read)
+    small = sum(value.numel() for value in wanted.values()) <= _REPAIRED
     current, factor, spent = dict(wanted), 1.0, 0
     best: Stored | None = None
     margin, loose = 1e-9, False
     for attempt in range(_TRIES):
         scaled = {name: value * factor for name, value in current.items()}
-        if half is not None:
+        if half is not None and small:
             rounded = repaired(problem, scaled, half)
             scaled = {name: value.double() for name, value in rounded.items()}
         made, ratio, cost = _measured(problem, scaled, writer, types, read, seed)
@@ -97,7 +116,10 @@ def store(
             best = Stored(made, writer.reload(made), ratio, spent)
         if ratio > 1.0:
             # Of a half type the next attempt aims a little lower and is repaired again.
-            factor *= 1.0 - 5e-5 * 2.0**attempt if half is not None else (1.0 - margin) / ratio
+            if half is None:
+                factor *= (1.0 - margin) / ratio
+            else:
+                factor *= 1.0 - 5e-5 * 2.0**attempt if small else (1.0 - 5e-5) / ratio
             margin *= 4.0
         elif half is None and ratio < 1.0 - LOWEST and not loose:
             # Too far below: back on the way to the start, which only comes nearer to it.

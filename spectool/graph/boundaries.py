@@ -8,6 +8,8 @@ from dataclasses import dataclass
 RECURRENT: Mapping[str, int] = {"lstm": 4, "gru": 3, "rnn": 1}
 """Kind of a recurrent layer → matrices stacked in each of its weights, one per gate."""
 
+_MAKERS = ("_WeightNorm", "_SpectralNorm", "WeightNorm", "SpectralNorm")
+
 
 @dataclass(frozen=True)
 class Wall:
@@ -25,11 +27,11 @@ class Wall:
 def wall_kind(class_name: str) -> str | None:
     """Return the kind of boundary that a class is by its name, None if it is none.
 
-    Batch norms are none: in evaluation mode they are diagonal.
+    Batch norms are none: in evaluation mode they are diagonal. Nor are parametrisations: they make weights.
     """
     name = class_name.rsplit(".", 1)[-1]
     lowered = name.lower()
-    if "batchnorm" in lowered or "localresponsenorm" in lowered:
+    if "batchnorm" in lowered or "localresponsenorm" in lowered or name in _MAKERS:
         return None
     for word in RECURRENT:
         if name in (word.upper(), f"{word.upper()}Cell"):

@@ -1,0 +1,258 @@
+"""One clip on its way: measure, project, store, move means, certify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from spectool.api.calibration import calibrated_means
+from spectool.api.job import Job, numbered
+from spectool.api.limits import Bounds
+from spectool.api.rows import Load, Options, analysed_row, listed_row
+from spectool.api.settling import level_of, refined_row
+from spectool.checkpoint import Checkpoint, can_write
+from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
+from spectool.clip import Options as ClipOptions
+from spectool.clip.recentre import recentred
+from spectool.errors import OperatorError, UsageError
+from spectool.graph import Region, Skipped
+from spectool.graph.types import BatchNorm, Conv, Embedding, Level, Linear, Node
+from spectool.graph.writing import Writer
+from spectool.progress import Progress, Step
+from spectool.report.clip import ClipRow, Enclosed
+from spectool.report.row import Row
+
+
+@dataclass
+class Entry:
+    """One row on its way."""
+
+    item: Region | Skipped
+    row: Row
+    limit: float | None
+    action: str
+    reason: str = ""
+    projected: Projected | None = None
+    raw_change: float | None = None
+    recentered: tuple[str, ...] = ()
+
+
+@dataclass
+class ClipRun:
+    """One clip of one file."""
+
+    job: Job
+    checkpoint: Checkpoint
+    writer: Writer | None
+    options: Options
+    clip_options: ClipOptions
+    prove: bool
+    progress: Progress
+    edits: dict[str, Tensor] = field(default_factory=dict)
+
+    def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> Entry:
+        """Return a row as it is before, and whether anything is asked of it."""
+        limit = bounds.for_row(item.key, item.weights)
+        reason = not_gated(item, limit, kinds)
+        if reason:
+            return Entry(item, listed_row(item), limit, "listed", reason)
+        report = numbered(self.progress, item.key, index, len(self.job.items))
+        report(Step(item.key))
+        row = analysed_row(item, self.job.load, self.options, report)
+        if row.status != "ok" or not row.sigma or limit is None:
+            return Entry(item, row, limit, "refused", row.note or "it was not analysed")
+        return Entry(item, row, limit, "clip" if row.sigma[0] > limit else "kept")
+
+    def clip(self, entries: list[Entry]) -> None:
+        """Project every problem that has a row above its limit; collect edits of stored tensors."""
+        gated = [entry for entry in entries if entry.action in ("clip", "kept")]
+        constraints = [Constraint(_region(entry.item), entry.limit or 0.0) for entry in gated]
+        problems, refused = group(constraints, self.job.load, self.writer)
+        for index, reason in refused.items():
+            if gated[index].action == "clip":
+                gated[index].action, gated[index].reason = "refused", reason
+        by_region = {
+            id(constraint.region): entry for constraint, entry in zip(constraints, gated, strict=True)
+        }
+        for number, problem in enumerate(problems):
+            members = [by_region[id(constraint.region)] for constraint in problem.constraints]
+            if not any(entry.action == "clip" for entry in members):
+                continue
+            report = numbered(self.progress, problem.key, number, len(problems))
+            report(Step(problem.key))
+            try:
+                projected, stored = self._solve(problem, members, report)
+            except OperatorError as error:
+                for entry in members:
+                    if entry.action == "clip":
+                        entry.action, entry.reason = "refused", f"{error}"
+                continue
+            self.edits.update(stored.edits)
+            for entry in members:
+                entry.projected = projected
+                entry.raw_change = _raw_change(stored.edits, self.checkpoint)
+                if entry.action == "clip":
+                    entry.action = "clipped"
+
+    def _solve(
+        self, problem: Problem, members: Sequence[Entry], progress: Progress
+    ) -> tuple[Projected, Stored]:
+        if self.writer is None:
+            raise OperatorError("nothing can be written back to this source")
+        read = self.checkpoint.read
+        homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
+        for home in sorted(homes):
+            if home not in self.checkpoint.tensors:
+                raise OperatorError(f"{home} is no tensor of the file")
+            reason = can_write(self.checkpoint, home)
+            if reason:
+                raise OperatorError(f"{home} cannot be written: {reason}")
+        types: Callable[[str], torch.dtype] = lambda name: read(name).dtype  # noqa: E731
+        before = 0.0
+        for entry in members:
+            before = max(before, entry.row.sigma[0] / (entry.limit or 1.0))
+        projected = solve(problem, before, self.clip_options, progress)
+        seed = self.clip_options.seed
+        stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
+        if self.prove:
+            stored = prove_limit(problem, projected.weights, stored, self.writer, types, read, seed=seed)
+        final = {name: stored.load(name).double() for name in problem.names}
+        return replace(projected, change=projected.distance(final)), stored
+
+    def recentre(self, entries: Sequence[Entry], inputs: Tensor | None, *, biases: bool) -> None:
+        """Move the running means (or biases) behind changed weights."""
+        survey, writer = self.job.found.survey, self.writer
+        if writer is None:
+            return
+        new = writer.reload(self.edits)
+        if inputs is not None:
+            if survey.live is None:
+                raise UsageError(
+                    "--calibrate runs the network, and this file has no program that may run",
+                    hint="give --arch, or --trust for a pickled module",
+                )
+            self.progress(Step("calibrating"))
+            moved = calibrated_means(survey.live, self.checkpoint, self.edits, inputs)
+            self.edits.update(moved)
+            for entry in entries:
+                if entry.projected is not None and isinstance(entry.item, Region):
+                    homes = {home for name in _means(entry.item) for home in writer.homes(name) or ()}
+                    entry.recentered = tuple(name for name in moved if name in homes)
+            return
+        if survey.graph is None:
+            return
+        changed = {
+            node.inputs[1]
+            for entry in entries
+            if entry.projected is not None
+            for node in _operators(entry.item)
+        }
+        maximal = [item for item in survey.items if isinstance(item, Region) and item.maximal]
+        found = recentred(maximal, survey.graph, self.job.load, new, changed, biases=biases)
+        stored: dict[str, str] = {}
+        for name, value in found.means.items():
+            for home, tensor in writer.edits({name: value}, self.checkpoint.read).items():
+                known = self.checkpoint.tensors.get(home)
+                if known is not None and can_write(self.checkpoint, home) is None and home not in self.edits:
+                    self.edits[home] = tensor.to(self.checkpoint.read(home).dtype)
+                    stored[name] = home
+        for entry in entries:
+            if isinstance(entry.item, Region):
+                reads = [name for node in entry.item.nodes for name in node.inputs]
+                entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
+
+    def certified(
+        self, entry: Entry, items: Mapping[tuple[str, Level], Region | Skipped], load: Load
+    ) -> ClipRow:
+        """Return the row of an operator as it now stands."""
+        row, limit = entry.row, entry.limit
+        if entry.action == "listed":
+            return ClipRow(row, "listed", limit, reason=entry.reason)
+        before = _enclosed(row)
+        after_row = row
+        item = items.get((entry.item.key, level_of(entry.item)))
+        if row.status == "ok" and item is not None:
+            cold = replace(self.options, certify=True, seed=self.options.seed + 1)
+            self.progress(Step(item.key, message="measuring what is stored"))
+            after_row = analysed_row(item, load, cold)
+            loose = after_row.upper is None or after_row.upper > (limit or 0.0)
+            if loose or after_row.upper_kind == "probabilistic":
+                after_row = refined_row(item, load, cold, after_row) or after_row
+        after = _enclosed(after_row)
+        after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
+        if entry.action == "refused" or entry.projected is None:
+            action = "refused" if entry.action == "refused" else "kept"
+            return ClipRow(
+                after_row,
+                action,  # type: ignore[arg-type]
+                limit,
+                before,
+                after,
+                recentered=entry.recentered,
+                reason=entry.reason,
+            )
+        made = entry.projected
+        return ClipRow(
+            row=after_row,
+            action="clipped" if entry.action == "clipped" else "kept",
+            limit=limit,
+            before=before,
+            after=after,
+            metric=made.metric,
+            change=made.change,
+            change_lower_bound=made.lower,
+            change_scaling=made.scaling,
+            raw_change=entry.raw_change,
+            below_limit_disturbed=_disturbed(row, after_row, limit or 0.0),
+            recentered=entry.recentered,
+            iterations=made.iterations,
+            solver=made.method,
+            reason=made.note,
+        )
+
+
+def _region(item: Region | Skipped) -> Region:
+    if not isinstance(item, Region):
+        raise OperatorError(f"{item.key} was not analysed")
+    return item
+
+
+def _operators(item: Region | Skipped) -> list[Node]:
+    nodes = item.nodes if isinstance(item, Region) else ()
+    return [node for node in nodes if isinstance(node.op, (Conv, Linear, Embedding))]
+
+
+def _means(region: Region) -> list[str]:
+    return [node.inputs[3] for node in region.nodes if isinstance(node.op, BatchNorm) and node.inputs[3]]
+
+
+def _enclosed(row: Row) -> Enclosed:
+    return Enclosed(row.sigma[0] if row.sigma else None, row.lower, row.upper)
+
+
+def not_gated(item: Region | Skipped, limit: float | None, kinds: Sequence[str]) -> str:
+    """Return why nothing is asked of an operator; empty if something is."""
+    if isinstance(item, Skipped) and item.status == "nonlinear":
+        return "not linear"
+    if item.operators == 0 and not kinds:
+        return f"no weight matrix (--kind {item.kind} gates it)"
+    return "" if limit is not None else "no limit matches it"
+
+
+def _raw_change(edits: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
+    """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed."""
+    moved = total = 0.0
+    for name, value in edits.items():
+        old = checkpoint.read(name).double()
+        moved += float((value.double() - old).square().sum())
+        total += float(old.square().sum())
+    return (moved / total) ** 0.5 if total > 0 else 0.0
+
+
+def _disturbed(before: Row, after: Row, limit: float) -> float | None:
+    """Return the largest change, over the limit, of a computed value that was below it; None if none was computed."""
+    pairs = [(b, a) for b, a in zip(before.sigma, after.sigma, strict=False) if b < limit]
+    return max(abs(a - b) for b, a in pairs) / limit if pairs else None
