@@ -104,7 +104,7 @@ def test_conv_and_norm(options, level):
     assert bool(result.values["w"].isfinite().all())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_clipping_a_composition_never_raises_it(seed):
     """Published code clips the composition with batch statistics and ends above where it began: 3.64 became 6.62."""
     made, constants, function = conv_norm(seed=seed)

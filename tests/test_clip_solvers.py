@@ -186,7 +186,7 @@ def test_many_channels_against_dykstra():
     full = np.zeros((3, 3, n, n))
     full[:, :, :3, :3] = weight.numpy()
     x, correction = full.copy(), np.zeros_like(full)
-    for _ in range(3000):
+    for _ in range(1500):
         symbol = np.fft.fft2(x + correction).transpose(2, 3, 0, 1)
         u, s, v = np.linalg.svd(symbol)
         clipped = np.fft.ifft2(((u * s.clip(max=limit)[..., None, :]) @ v).transpose(2, 3, 0, 1)).real
@@ -294,7 +294,7 @@ def test_repaired_roundings_obey_where_a_cast_does_not(kind, seed):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(7, 7), (14, 9)])
+@pytest.mark.parametrize("size", [(7, 7), (10, 5)])
 def test_a_proven_limit_can_be_proven(kind, size):
     g = geometry(2)
     weight = random(5, 4, 3, 3, seed=9).to(kind)
