@@ -71,7 +71,10 @@ def worst_ratio(constraints: tuple[Constraint, ...], load: Load, *, seed: int = 
             # What is left of a clipped matrix is a cluster of hundreds of values: an estimate that has not settled is
             # low by less than the width of that cluster.
             settled = 3e-7 if found.converged else _WIDTH
-            worst, spent = max(worst, found.values[0] / constraint.limit * (1 + settled)), spent + found.matvecs
+            worst, spent = (
+                max(worst, found.values[0] / constraint.limit * (1 + settled)),
+                spent + found.matvecs,
+            )
             continue
         found = svds(made, 1, tol=1e-6, seed=seed)
         worst, spent = max(worst, found.values[0] / constraint.limit), spent + found.matvecs
