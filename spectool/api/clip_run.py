@@ -25,6 +25,9 @@ from spectool.progress import Progress, Step
 from spectool.report.clip import ClipRow, Enclosed
 from spectool.report.row import Row
 
+_MORE = 10_000
+"""Operator applications for a row as written that did not converge with the usual number."""
+
 
 @dataclass
 class Entry:
@@ -164,6 +167,20 @@ class ClipRun:
                 reads = [name for node in entry.item.nodes for name in node.inputs]
                 entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
 
+    def _settled(self, item: Region | Skipped, load: Load, options: Options) -> Row:
+        """Return a row as written; where values that crowd at the limit keep it from converging, with more effort.
+
+        What a clip leaves is a cluster at the limit: k values of it take long, and the last resort is σ₁ alone.
+        """
+        row = analysed_row(item, load, options)
+        if row.converged is not False or options.max_matvecs is not None:
+            return row
+        for tried in (replace(options, max_matvecs=_MORE), replace(options, k=1, max_matvecs=_MORE)):
+            again = analysed_row(item, load, tried)
+            if again.converged:
+                return again
+        return row
+
     def certified(
         self, entry: Entry, items: Mapping[tuple[str, Level], Region | Skipped], load: Load
     ) -> ClipRow:
@@ -177,7 +194,7 @@ class ClipRun:
         if row.status == "ok" and item is not None:
             cold = replace(self.options, certify=True, seed=self.options.seed + 1)
             self.progress(Step(item.key, message="measuring what is stored"))
-            after_row = analysed_row(item, load, cold)
+            after_row = self._settled(item, load, cold)
             loose = after_row.upper is None or after_row.upper > (limit or 0.0)
             if loose or after_row.upper_kind == "probabilistic":
                 after_row = refined_row(item, load, cold, after_row) or after_row
