@@ -28,6 +28,9 @@ from spectool.lower.replay import constant_names, execute
 
 Load = Callable[[str], Tensor]
 
+_LITTLE = 1e-3
+"""Standard deviations by which a mean behind unchanged weights has to be off to be moved."""
+
 _RIDGE = 1e-3
 """Relative to the largest squared singular value: a running mean is known to a few per cent only."""
 
@@ -93,7 +96,7 @@ def recentred(
                 "its input has another number of channels than the batch norm before it"
             )
             continue
-        _Walk(region, old, new, moments, made, narrowed, biases).follow(was, now)
+        _Walk(region, old, new, moments, made, narrowed, biases, touched).follow(was, now)
     return made
 
 
@@ -108,6 +111,7 @@ class _Walk:
     made: Moved
     narrowed: dict[str, Tensor]
     biases: bool
+    touched: bool
 
     def follow(self, before_map: Tensor, after_map: Tensor) -> None:
         """Run all nodes; note means that move and how much narrower batch norms' outputs become."""
@@ -154,10 +158,11 @@ class _Walk:
             share = self._narrowing(behind, before, after, before[node.inputs[4]])
             if share is not None and share.numel() == moved.numel():
                 self.narrowed[node.outputs[0]] = share
-        if mean and mean not in self.made.means and float((moved + more).abs().max()) > 0.0:
+        spread = (before[node.inputs[4]] + node.op.eps).sqrt()
+        shift = float(((moved + more).abs() / spread).max())
+        if mean and mean not in self.made.means and shift > (0.0 if self.touched else _LITTLE):
             after[mean] = self.made.means[mean] = after[mean] + moved + more
-            spread = (before[node.inputs[4]] + node.op.eps).sqrt()
-            self.made.shifts[mean] = float(((moved + more).abs() / spread).max())
+            self.made.shifts[mean] = shift
             # The maps do not show ``more``; what is centred must.
             now[source] = now[source] + _along(more, now[source], node.op.axis)
 
