@@ -55,6 +55,7 @@ class ClipRun:
     prove: bool
     progress: Progress
     edits: dict[str, Tensor] = field(default_factory=dict)
+    covariances: Mapping[str, Tensor] = field(default_factory=dict)
 
     def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> Entry:
         """Return a row as it is before, and whether anything is asked of it."""
@@ -117,7 +118,9 @@ class ClipRun:
         before = 0.0
         for entry in members:
             before = max(before, entry.row.sigma[0] / (entry.limit or 1.0))
-        projected = solve(problem, before, self.clip_options, progress)
+        seen = {name: (self.writer.homes(name) or ("",))[0] for name in problem.names}
+        known = {name: self.covariances[home] for name, home in seen.items() if home in self.covariances}
+        projected = solve(problem, before, replace(self.clip_options, covariances=known), progress)
         seed = self.clip_options.seed
         stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
         if self.prove:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.api.calibration import read_inputs
+from spectool.api.calibration import read_inputs, tap_covariances
 from spectool.api.clip_run import ClipRun
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.job import Selection, open_job, report_of, settings_of
@@ -80,8 +80,9 @@ def clip(
         recenter: ``auto``: running means behind changed weights follow, where the mean of the input is known
             without data, or from ``calibrate``; ``bias``: the bias of a convolution does where no batch norm is;
             ``none``.
-        calibrate: Inputs ``(n, …)`` (a tensor, or a .npz or .pt file) on which means are matched instead; needs a
-            program that may run (``arch``, ``trust`` or a recognised file).
+        calibrate: Inputs ``(n, …)`` (a tensor, or a .npz or .pt file) on which means are matched instead, and whose
+            covariance at every layer measures its change (metric ``data``); needs a program that may run (``arch``,
+            ``trust`` or a recognised file).
         k: How many singular values to report per row.
         input_shape: Shape of the model's input with its batch axis, or a mapping from input name to shape.
         tol: Relative residual of the reported values.
@@ -155,6 +156,14 @@ def clip(
         raise UsageError("only a file can be clipped here", hint="use spectool.clip_ for a live module")
     clip_options = ClipOptions(method, exact, all_sizes, seed, options.device)
     run = ClipRun(job, checkpoint, writer, options, clip_options, prove, progress)
+    if inputs is not None:
+        if job.found.survey.live is None:
+            raise UsageError(
+                "--calibrate runs the network, and this file has no program that may run",
+                hint="give --arch, or --trust for a pickled module",
+            )
+        progress(Step("calibrating"))
+        run.covariances = tap_covariances(job.found.survey.live, checkpoint, inputs)
     entries = [run.measure(index, item, bounds, kinds) for index, item in enumerate(job.items)]
     run.clip(entries)
     if recenter != "none" and run.edits:

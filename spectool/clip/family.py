@@ -210,6 +210,35 @@ class ScaledFamily(Family):
         return self._inner.pairs(left, right) * self._per.flatten()
 
 
+class TurnedFamily(Family):
+    """The operators of another family in coordinates x = w·R⁻¹, w as rows over its first axis.
+
+    Args:
+        inner: The operators as functions of w.
+        matrix: R ``(taps, taps)``, symmetric.
+    """
+
+    def __init__(self, inner: Family, matrix: Tensor) -> None:
+        self._inner, self._shape = inner, tuple(inner.start.shape)
+        matrix = matrix.to(inner.start)
+        self._matrix = matrix
+        rows = inner.start.reshape(len(inner.start), -1)
+        start = torch.linalg.solve(matrix, rows.T).T.reshape(self._shape)
+        super().__init__(lambda x: inner.at(self._turn(x)), start, homogeneous=inner.homogeneous)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return (x.reshape(self._shape[0], -1) @ self._matrix).reshape(self._shape)
+
+    def pull(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner gradient times R."""
+        return self._turn(self._inner.pull(left, right))
+
+    def pairs(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner gradients times R."""
+        made = self._inner.pairs(left, right)
+        return (made.reshape(len(made), self._shape[0], -1) @ self._matrix).flatten(1)
+
+
 class SumFamily(Family):
     """The direct sum of several operators of one weight, each times its factor."""
 

@@ -8,14 +8,14 @@ problem is convex; where several are, it is not, and the result says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from spectool.clip.family import ConvFamily, Family, MatrixFamily, ScaledFamily, SumFamily
+from spectool.clip.family import ConvFamily, Family, MatrixFamily, ScaledFamily, SumFamily, TurnedFamily
 from spectool.clip.replayed import Replayed, region_function
 from spectool.clip.split import split
 from spectool.errors import OperatorError
@@ -145,31 +145,42 @@ def _floating(names: Sequence[str], load: Load) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The coordinates x a projection works in: x = s·w, entry by entry; w stays where s = 0.
+    """The coordinates x a projection works in: x = (s·w) H^½, s entry by entry; w stays where s = 0.
 
     Attributes:
         weight: w₀ as read, float64.
         scale: s, broadcastable to w; None for 1.
         metric: Name of ‖x − x₀‖/‖x₀‖.
+        covariance: H ``(taps, taps)`` of what the rows of w see, positive definite; None for the identity.
     """
 
     weight: Tensor
     scale: Tensor | None
     metric: Metric
+    covariance: Tensor | None = None
 
     @property
     def start(self) -> Tensor:
         """x₀."""
-        return self.weight if self.scale is None else self.weight * self.scale
+        return self._turned(self.weight if self.scale is None else self.weight * self.scale, 0.5)
+
+    @property
+    def plain(self) -> Coordinates:
+        """The same without H."""
+        return replace(self, covariance=None)
 
     def divided(self, unit: float) -> Coordinates:
         """Return the coordinates of w/unit."""
-        return self if unit == 1.0 else Coordinates(self.weight / unit, self.scale, self.metric)
+        return self if unit == 1.0 else replace(self, weight=self.weight / unit)
+
+    def _turned(self, x: Tensor, power: float) -> Tensor:
+        return x if self.covariance is None else turned(x, matrix_power(self.covariance, power))
 
     def to_weight(self, x: Tensor) -> Tensor:
         """Return w of x."""
+        x = self._turned(x.double(), -0.5)
         if self.scale is None:
-            return x.double()
+            return x
         kept = self.scale == 0
         return torch.where(kept, self.weight, x.double() / torch.where(kept, 1.0, self.scale))
 
@@ -178,7 +189,20 @@ class Coordinates:
         change = weight.double() - self.weight
         if self.scale is not None:
             change = change * self.scale
-        return _ratio(change, self.start)
+        return _ratio(self._turned(change, 0.5), self.start)
+
+
+def turned(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Return a weight ``(out, …)`` whose rows are multiplied by a matrix."""
+    made: Tensor = (weight.reshape(len(weight), -1) @ matrix.to(weight)).reshape(weight.shape)
+    return made
+
+
+def matrix_power(matrix: Tensor, power: float) -> Tensor:
+    """Return a power of a positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    made: Tensor = (vectors * values.clamp_min(1e-300).pow(power)) @ vectors.T
+    return made
 
 
 def _ratio(change: Tensor, start: Tensor) -> float:
@@ -315,6 +339,9 @@ def family_in(
     Raises:
         OperatorError: If the region's input size is not known.
     """
+    if coordinates.covariance is not None:
+        plain = family_in(region, name, coordinates.plain, form, load, dtype, device)
+        return TurnedFamily(plain, matrix_power(coordinates.covariance, -0.5))
     scale = coordinates.scale
     if form is not None and form.kind == "infinite":
         raise OperatorError(f"{region.key}: its input size is not known", hint="give --input")

@@ -47,6 +47,7 @@ class Options:
         all_sizes: Whether the bound is to hold for every input size.
         seed: Of the start vectors.
         device: Where to compute.
+        covariances: Constant → covariance of what its rows see, where the change is to be measured by that.
     """
 
     method: Method = "auto"
@@ -54,6 +55,7 @@ class Options:
     all_sizes: bool = False
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    covariances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
@@ -107,6 +109,14 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
     scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
     metric: Metric = "weights" if scale is None else "folded"
     coordinates = Coordinates(problem.load(name).double(), scale, metric)
+    covariance = options.covariances.get(name)
+    if (
+        covariance is not None
+        and options.method == "auto"
+        and _sees_taps(forms, coordinates.weight, covariance)
+    ):
+        metric = "data"
+        coordinates = replace(coordinates, metric=metric, covariance=covariance.double())
     unit = _unit(problem, forms)
     made, factor = _solve(_divided(problem, unit), coordinates.divided(unit), forms, options, progress)
     made = replace(made, weight=made.weight.double().cpu() * unit, lower=made.lower * unit)
@@ -124,6 +134,19 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
         distance=lambda values: coordinates.distance(values[name]),
         note=made.note,
     )
+
+
+def _sees_taps(forms: Sequence[Closed | None], weight: Tensor, covariance: Tensor) -> bool:
+    """Whether every row of a weight sees the taps that a covariance is of."""
+    fits = covariance.shape[0] == weight.numel() // max(len(weight), 1)
+    one = all(
+        form is not None
+        and form.kind != "infinite"
+        and not form.transposed
+        and (form.geometry is None or (form.geometry.groups == 1 and not form.geometry.transposed))
+        for form in forms
+    )
+    return fits and one
 
 
 def _unit(problem: Problem, forms: Sequence[Closed | None]) -> float:
@@ -191,6 +214,8 @@ def _choose(
         if options.method == "svd" and not _is_matrix(form, coordinates.weight):
             raise OperatorError("an SVD is the projection of matrices only", hint="use --method auto")
         return options.method, "asked for"
+    if coordinates.covariance is not None:
+        return "bundle", "the data metric"
     if _is_matrix(form, coordinates.weight):
         return "svd", "a matrix"
     if form is None or form.geometry is None:
