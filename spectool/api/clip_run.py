@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,6 +42,7 @@ class Entry:
     projected: Projected | None = None
     raw_change: float | None = None
     recentered: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass
@@ -55,6 +57,7 @@ class ClipRun:
     prove: bool
     progress: Progress
     edits: dict[str, Tensor] = field(default_factory=dict)
+    adjusted: dict[str, float] = field(default_factory=dict)
     covariances: Mapping[str, Tensor] = field(default_factory=dict)
 
     def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> Entry:
@@ -68,7 +71,8 @@ class ClipRun:
         row = analysed_row(item, self.job.load, self.options, report)
         if row.status != "ok" or not row.sigma or limit is None:
             return Entry(item, row, limit, "refused", row.note or "it was not analysed")
-        return Entry(item, row, limit, "clip" if row.sigma[0] > limit else "kept")
+        action = "clip" if row.sigma[0] > limit else "kept"
+        return Entry(item, row, limit, action, seconds=row.seconds or 0.0)
 
     def clip(self, entries: list[Entry]) -> None:
         """Project every problem that has a row above its limit; collect edits of stored tensors."""
@@ -87,6 +91,7 @@ class ClipRun:
                 continue
             report = numbered(self.progress, problem.key, number, len(problems))
             report(Step(problem.key))
+            start = time.perf_counter()
             try:
                 projected, stored = self._solve(problem, members, report)
             except OperatorError as error:
@@ -95,7 +100,9 @@ class ClipRun:
                         entry.action, entry.reason = "refused", f"{error}"
                 continue
             self.edits.update(stored.edits)
+            spent = (time.perf_counter() - start) / len(members)
             for entry in members:
+                entry.seconds += spent
                 entry.projected = projected
                 entry.raw_change = _raw_change(stored.edits, self.checkpoint)
                 if entry.action == "clip":
@@ -165,6 +172,8 @@ class ClipRun:
                 if known is not None and can_write(self.checkpoint, home) is None and home not in self.edits:
                     self.edits[home] = tensor.to(self.checkpoint.read(home).dtype)
                     stored[name] = home
+                    if name in found.shifts:
+                        self.adjusted[home] = found.shifts[name]
         for entry in entries:
             if isinstance(entry.item, Region):
                 reads = [name for node in entry.item.nodes for name in node.inputs]
@@ -201,6 +210,7 @@ class ClipRun:
             loose = after_row.upper is None or after_row.upper > (limit or 0.0)
             if loose or after_row.upper_kind == "probabilistic":
                 after_row = refined_row(item, load, cold, after_row) or after_row
+            after_row = replace(after_row, seconds=(after_row.seconds or 0.0) + entry.seconds)
         after = _enclosed(after_row)
         after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
         if entry.action == "refused" or entry.projected is None:

@@ -187,6 +187,7 @@ def clip(
         None if target is None else str(target),
         tuple(run.edits),
         prove,
+        run.adjusted,
         tensors=len(checkpoint.tensors),
         source=str(source),
     )

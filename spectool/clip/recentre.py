@@ -37,7 +37,7 @@ _WIDE = 5.0
 """What an unknown input's deviation is multiplied by, for its mean to be free."""
 
 _RIDGE = 1e-3
-"""Relative to the largest squared singular value: a running mean is known to a few per cent only."""
+"""Relative to the largest squared singular value, where a mean is told by a running mean alone."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class Moved:
 
     Attributes:
         means: Running mean (or bias), as regions read it → new value, float64.
-        shifts: The same → largest move over the standard deviation of the channel (over the largest entry for a
-            bias).
+        shifts: Running mean → largest move over the standard deviation of its channel.
         reasons: Key of a region whose weights changed → why nothing was moved there.
     """
 
@@ -142,8 +141,6 @@ class _Walk:
                 if float(moved.abs().max()) > 0.0:
                     after[bias] = self.made.means[bias] = after[bias] - moved
                     now[out] = now[out] - _along(moved, now[out], 1)
-                    largest = max(float(before[bias].abs().max()), 1e-300)
-                    self.made.shifts[bias] = float(moved.abs().max()) / largest
 
     def _norm(
         self,
