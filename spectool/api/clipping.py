@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spectool.api.rows import Load, Options
 from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import write_checkpoint
+from spectool.checkpoint.patch.place import destination
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
 from spectool.errors import OutputError, UsageError
@@ -194,12 +196,13 @@ def clip(
 
 def _checked_target(source: Path, out: Path, force: bool) -> Path:
     """Refuse a target that cannot be meant before anything is computed."""
-    if out.exists() and not force:
-        same = source.exists() and out.samefile(source)
+    if os.path.lexists(out) and not force:
+        same = out.exists() and source.exists() and out.samefile(source)
         raise OutputError(
             f"{out} is the file to read" if same else f"{out} exists already",
             hint="--in-place --force replaces it" if same else "--force replaces it",
         )
     if not out.parent.exists():
         raise OutputError(f"there is no folder {out.parent}", hint="create it first")
+    destination(out, force)
     return out

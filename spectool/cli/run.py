@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ import typer
 from spectool.cli.commands import app
 from spectool.cli.config import Commands, Settable, load_defaults
 from spectool.cli.messages import say
+from spectool.cli.signals import Stop, stoppable
+from spectool.cli.streams import drop_stdout, finish_stdout, open_streams
 from spectool.errors import SpectoolError
 
 INTERNAL = 3
-INTERRUPTED = 130
 # Click's own root of errors, wherever click lives: newer versions of typer bundle it.
 _CLICK_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
@@ -30,26 +32,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; None for the process's own.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show σ shows a question mark instead of ending the program.
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        return _run(args)
-    except SpectoolError as error:
+    open_streams()
+    with stoppable(process=arguments is None) as stop:
+        try:
+            return _run(args)
+        except (KeyboardInterrupt, typer.Abort):
+            return _stopped(stop)
+        except Exception as error:
+            # An interrupt in the middle of an import can come out as any exception.
+            return _stopped(stop) if stop.number else _failed(error, args)
+
+
+def _stopped(stop: Stop) -> int:
+    say("terminated" if stop.number == signal.SIGTERM else "interrupted")
+    return stop.exit_code
+
+
+def _failed(error: Exception, args: list[str]) -> int:
+    """Report an error and return its exit code."""
+    if isinstance(error, SpectoolError):
         return _report(error, error.exit_code, str(error), error.hint, args)
-    except _CLICK_ERROR as error:
+    if isinstance(error, _CLICK_ERROR):
         return _report(error, 2, *_explain(error), args)
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Whoever read our output has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 0
-    except Exception as error:
-        what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
-        return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
+    if isinstance(error, OSError):
+        # Nobody's defect: a folder that vanished, too many open files.
+        with contextlib.suppress(SpectoolError):
+            finish_stdout()
+        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        what = f"the system refused ({error.strerror or error}){where}"
+        return _report(error, 2, what, "run it again with --debug to see where", args)
+    what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
+    return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
 
 
 def _run(args: list[str]) -> int:
@@ -62,15 +79,23 @@ def _run(args: list[str]) -> int:
         return 2
     defaults: dict[str, dict[str, Any]] = {}
     if not {"-h", "--help", "--version"} & set(args):
-        defaults, _ = load_defaults(Path.cwd(), settable(command))
+        defaults, _ = _defaults(command)
     try:
         with command.make_context("spectool", args, default_map=defaults) as context:
             code = command.invoke(context)
-        sys.stdout.flush()
+        finish_stdout()
     except typer.Exit as leave:
-        sys.stdout.flush()
+        finish_stdout()
         return leave.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _defaults(command: Any) -> tuple[dict[str, dict[str, Any]], Path | None]:
+    try:
+        here = Path.cwd()
+    except OSError:
+        return {}, None  # the working directory was removed
+    return load_defaults(here, settable(command))
 
 
 def settable(command: Any) -> Commands:
@@ -118,7 +143,7 @@ def _explain(error: Any) -> tuple[str, str]:
         case "ENVIRONMENT":
             hint = f"it comes from the environment: {param.envvar}={os.environ.get(param.envvar, '')}"
         case "DEFAULT_MAP":
-            hint = f"it comes from {load_defaults(Path.cwd(), settable(context.find_root().command))[1]}"
+            hint = f"it comes from {_defaults(context.find_root().command)[1]}"
         case _:
             hint = f"`{context.command_path} --help` shows how"
     return what, hint

@@ -11,16 +11,9 @@ from pathlib import Path
 
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
-from spectool.checkpoint.patch.place import (
-    new_file,
-    place_each,
-    place_file,
-    place_folder,
-    sync_folder,
-    temporary_file,
-    temporary_folder,
-)
+from spectool.checkpoint.patch.place import look_of, place_each, place_folder, sync_folder
 from spectool.checkpoint.patch.plan import Plan
+from spectool.checkpoint.patch.temporary import new_file, temporary_file, temporary_folder
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.source import Source
@@ -77,27 +70,32 @@ def write_index(plan: Plan, out: Path, target: Path, force: bool) -> Written:
         for relative, source in files.items():
             write_copy(ready / relative, source, plan, contents)
         verify(ready / name, plan.checkpoint, plan.edits, out)
+        plan.check_sources()
         place_each([(ready / relative, home, force) for relative, home in homes.items()])
     names = {source: homes[relative] for relative, source in files.items()}
     return Written(out, tuple(homes.values()), _runs(contents, names))
 
 
 def replace_each(plan: Plan, out: Path) -> Written:
-    """Replace the files of a checkpoint that change, each in one step, all of them written before the first."""
+    """Replace the files of a checkpoint that change, each in one step, all of them written before the first.
+
+    What happens between the first and the last step, ``place_each`` says.
+    """
     contents = plan.contents()
     with ExitStack() as stack:
         ready = {}
         # The model of an ONNX file goes last: it is what names the others.
         for file in sorted(contents, key=lambda file: file == plan.checkpoint.path):
             ready[file] = stack.enter_context(temporary_file(file))
-            with new_file(ready[file], contents[file].source.mode) as descriptor:
+            mode, owner = look_of(file, contents[file].source.mode)
+            with new_file(ready[file], mode, owner=owner, made=True) as descriptor:
                 write_content(contents[file], descriptor)
             if plan.checkpoint.format == "onnx":
                 _compare_bytes(ready[file], contents[file])
             else:
                 verify(ready[file], plan.checkpoint, plan.edits, out, shard=file)
-        for file, finished in ready.items():
-            place_file(finished, file, force=True)
+        plan.check_sources()
+        place_each([(finished, file, True) for file, finished in ready.items()])
     return Written(out, tuple(ready), _runs(contents, {file: file for file in ready}))
 
 
@@ -133,6 +131,7 @@ def _write(
         for folder, _, _ in os.walk(ready, topdown=False):
             sync_folder(Path(folder))
         ready.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IRWXU)
+        plan.check_sources()
         place_folder(ready, target, force)
     names = {source: target / relative for relative, source in files.items()}
     return Written(out, tuple(target / relative for relative in files), _runs(contents, names))
