@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from spectool.cli.config import Commands, Settable, load_defaults
 from spectool.cli.messages import say
 from spectool.cli.signals import Stop, stoppable
 from spectool.cli.streams import drop_stdout, finish_stdout, open_streams
-from spectool.errors import SpectoolError
+from spectool.errors import OutputError, SpectoolError
 
 INTERNAL = 3
 # Click's own root of errors, wherever click lives: newer versions of typer bundle it.
@@ -59,9 +58,11 @@ def _failed(error: Exception, args: list[str]) -> int:
         drop_stdout()
         return 0
     if isinstance(error, OSError):
-        # Nobody's defect: a folder that vanished, too many open files.
-        with contextlib.suppress(SpectoolError):
+        # Nobody's defect: a folder that vanished, too many open files, a full disk behind stdout.
+        try:
             finish_stdout()
+        except OutputError as refused:
+            return _failed(refused, args)
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
         what = f"the system refused ({error.strerror or error}){where}"
         return _report(error, 2, what, "run it again with --debug to see where", args)
