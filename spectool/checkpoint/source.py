@@ -112,9 +112,9 @@ class Source:
         except OSError as error:
             raise unreadable(self.path, error) from error
         try:
-            self._check(os.fstat(number))
+            self._check(number)
             yield number
-            self._check(os.fstat(number))
+            self._check(number)
         finally:
             os.close(number)
         self.check()
@@ -125,16 +125,18 @@ class Source:
         Raises:
             CorruptFile: If it changed or vanished.
         """
+        self._check(None)
+
+    def _check(self, descriptor: int | None) -> None:
         try:
-            status = self.path.stat()
-        except OSError as error:
+            status = self.path.stat() if descriptor is None else os.fstat(descriptor)
+        except FileNotFoundError as error:
             raise CorruptFile(
                 f"{self.path} vanished while it was read ({error.strerror})",
                 hint="run again when nothing moves it",
             ) from error
-        self._check(status)
-
-    def _check(self, status: os.stat_result) -> None:
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         if _stamp(status) != self._stamp:
             raise CorruptFile(
                 f"{self.path} changed after it was opened", hint="run again when nothing writes to it"
@@ -164,10 +166,10 @@ class Source:
         except OSError as error:
             raise unreadable(self.path, error) from error
         with stream:
-            self._check(os.fstat(stream.fileno()))
+            self._check(stream.fileno())
             yield stream
             # Bytes that changed while they were read may be a mixture.
-            self._check(os.fstat(stream.fileno()))
+            self._check(stream.fileno())
 
     @classmethod
     def unpacked(cls, packed: Source, limits: Limits) -> Source:

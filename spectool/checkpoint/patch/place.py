@@ -160,6 +160,12 @@ class _Step:
                 self.old.replace(self.target)
 
 
+def _forget(steps: Sequence[_Step]) -> None:
+    for step in steps:
+        if step.old is not None:
+            remove(step.old)
+
+
 def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
     """Give several finished files their names, in this order.
 
@@ -175,23 +181,25 @@ def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
     """
     steps: list[_Step] = []
     try:
-        for ready, target, force in files:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            there = force and os.path.lexists(target)
-            step = _Step(ready, target, temporary_name(target, "old") if there else None)
-            steps.append(step)
-            if step.old is not None and len(files) > 1:
-                with suppress(OSError):
-                    os.link(target, step.old, follow_symlinks=False)
-            place_file(ready, target, force)
-    except BaseException:
-        for step in reversed(steps):
-            step.undo()
-        raise
+        try:
+            for ready, target, force in files:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                there = force and os.path.lexists(target)
+                step = _Step(ready, target, temporary_name(target, "old") if there else None)
+                steps.append(step)
+                if step.old is not None and len(files) > 1:
+                    with suppress(OSError):
+                        os.link(target, step.old, follow_symlinks=False)
+                place_file(ready, target, force)
+        except BaseException:
+            for step in reversed(steps):
+                step.undo()
+            raise
+        finally:
+            _forget(steps)
     finally:
-        for step in steps:
-            if step.old is not None:
-                remove(step.old)
+        # Once more: the first time may have been interrupted.
+        _forget(steps)
 
 
 def place_folder(ready: Path, target: Path, force: bool) -> None:

@@ -73,14 +73,16 @@ def new_file(
 
 def remove(path: Path) -> None:
     """Remove a file or a folder, its read-only parts included, if it is there; what cannot be removed stays."""
-    with suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            for folder, _, _ in os.walk(path):
-                with suppress(OSError):
-                    Path(folder).chmod(stat.S_IRWXU)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        # A folder, unless the system refuses: it says so with one of several numbers.
+        with suppress(OSError):
+            if not path.is_symlink():
+                for folder, _, _ in os.walk(path):
+                    with suppress(OSError):
+                        Path(folder).chmod(stat.S_IRWXU)
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def discard_leftovers(target: Path) -> None:
@@ -112,27 +114,26 @@ def _temporary(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
     discard_leftovers(target)
     path, lock = temporary_name(target), -1
     try:
-        while True:
-            lock = make(path)
-            if _held(lock, path):
-                break
-            # A run that cleans up came between the two steps.
-            os.close(lock)
-            path, lock = temporary_name(target), -1
-        if sys.platform == "win32" and lock >= 0:
-            # An open file cannot be renamed there.
-            os.close(lock)
-            lock = -1
-        yield path
-    finally:
         try:
-            remove(path)
-        except BaseException:
-            # Interrupted, of all moments, in this one.
-            remove(path)
-            raise
+            while True:
+                lock = make(path)
+                if _held(lock, path):
+                    break
+                # A run that cleans up came between the two steps.
+                os.close(lock)
+                path, lock = temporary_name(target), -1
+            if sys.platform == "win32" and lock >= 0:
+                # An open file cannot be renamed there.
+                os.close(lock)
+                lock = -1
+            yield path
         finally:
-            if lock >= 0:
+            remove(path)
+    finally:
+        # Once more: the first time may have been interrupted.
+        remove(path)
+        if lock >= 0:
+            with suppress(OSError):  # nothing was written through it
                 os.close(lock)
 
 
