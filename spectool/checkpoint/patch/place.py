@@ -66,10 +66,9 @@ def destination(out: Path, force: bool) -> Path:
             raise OutputError(f"{out} exists already", hint="name another output, or give --force")
         target = Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
         if not target.parent.is_dir():
-            missing = (
-                f"{target.parent} is no folder" if target.parent.exists() else f"no folder {target.parent}"
-            )
-            raise OutputError(f"{out} cannot be written: there is {missing}", hint="create the folder first")
+            there = target.parent.exists()
+            what = f"{target.parent} is no folder" if there else f"there is no folder {target.parent}"
+            raise OutputError(f"{out} cannot be written: {what}", hint="create the folder first")
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OutputError(f"{out} is neither a file nor a folder", hint="name another output")
         if not target.name:
@@ -221,11 +220,12 @@ def place_folder(ready: Path, target: Path, force: bool) -> None:
         if not _exchanged(ready, target):
             # Not .tmp: later runs remove those, and until the next step this is the only copy.
             old = temporary_name(target, "old")
-            target.rename(old)
             try:
+                target.rename(old)
                 ready.rename(target)
             except BaseException:
-                old.rename(target)
+                if old.exists() and not target.exists():
+                    old.rename(target)
                 raise
             remove(old)
     sync_folder(target.parent)
