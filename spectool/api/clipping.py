@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from spectool.checkpoint import write_checkpoint
 from spectool.checkpoint.patch.place import destination
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
-from spectool.errors import OutputError, UsageError
+from spectool.errors import OutputError, SpectoolError, UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.clip import ClipReport
 
@@ -173,16 +174,16 @@ def clip(
     if target is not None:
         progress(Step("writing"))
         write_checkpoint(checkpoint, target, run.edits, force=force)
-        again = open_job(target, ways, selection, input_shape)
-        load: Load = again.load
-        items = {(item.key, level_of(item)): item for item in again.items}
-        job_after = again
-    else:
-        load = job.load if writer is None else writer.reload(run.edits)
-        items = {(item.key, level_of(item)): item for item in job.items}
-        job_after = job
-    rows = tuple(run.certified(entry, items, load) for entry in entries)
-    report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
+    with _remembered(target):
+        if target is not None:
+            job_after = open_job(target, ways, selection, input_shape)
+            load: Load = job_after.load
+        else:
+            job_after = job
+            load = job.load if writer is None else writer.reload(run.edits)
+        items = {(item.key, level_of(item)): item for item in job_after.items}
+        rows = tuple(run.certified(entry, items, load) for entry in entries)
+        report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
     return ClipReport(
         rows,
         report,
@@ -192,6 +193,24 @@ def clip(
         tensors=len(checkpoint.tensors),
         source=str(source),
     )
+
+
+@contextmanager
+def _remembered(target: Path | None) -> Iterator[None]:
+    """Whatever ends the measuring of what was written says that it was written."""
+    try:
+        yield
+    except SpectoolError as error:
+        if target is None:
+            raise
+        raise OutputError(
+            f"{target} was written, but could not be measured: {error}",
+            hint=error.hint or f"`spectool check {target}` measures it",
+        ) from error
+    except KeyboardInterrupt as stop:
+        if target is not None:
+            stop.add_note(f"{target} was written, but not measured: `spectool check` does that")
+        raise
 
 
 def _checked_target(source: Path, out: Path, force: bool) -> Path:

@@ -35,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stoppable(process=arguments is None) as stop:
         try:
             return _run(args)
-        except (KeyboardInterrupt, typer.Abort):
-            return _stopped(stop)
+        except (KeyboardInterrupt, typer.Abort) as interrupt:
+            return _stopped(stop, interrupt)
         except Exception as error:
             # An interrupt in the middle of an import can come out as any exception.
-            return _stopped(stop) if stop.number else _failed(error, args)
+            return _stopped(stop, error) if stop.number else _failed(error, args)
 
 
-def _stopped(stop: Stop) -> int:
+def _stopped(stop: Stop, error: BaseException) -> int:
+    for note in getattr(error, "__notes__", ()):
+        say(note, label="note")
     say("terminated" if stop.number == signal.SIGTERM else "interrupted")
     return stop.exit_code
 
