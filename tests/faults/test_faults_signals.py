@@ -43,7 +43,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Files]:
 
 
 def run(folder: Path, arguments: list[str], before: Callable[[], object] = lambda: None) -> int:
-    """Start the program in a child that has everything imported; return its number."""
+    """Start the program in a child that has everything imported; return its number once it has begun."""
+    here, there = os.pipe()
 
     def action() -> None:
         os.chdir(folder)
@@ -56,9 +57,14 @@ def run(folder: Path, arguments: list[str], before: Callable[[], object] = lambd
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         before()
+        os.close(there)
         os._exit(main())
 
-    return child(action)
+    process = child(action)
+    os.close(there)
+    os.read(here, 1)
+    os.close(here)
+    return process
 
 
 def said(folder: Path) -> list[str]:

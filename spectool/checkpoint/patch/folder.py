@@ -13,7 +13,7 @@ from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
 from spectool.checkpoint.patch.place import look_of, place_each, place_folder, sync_folder
 from spectool.checkpoint.patch.plan import Plan
-from spectool.checkpoint.patch.temporary import new_file, temporary_file, temporary_folder
+from spectool.checkpoint.patch.temporary import new_file, remove, temporary_file, temporary_folder
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.source import Source
@@ -112,11 +112,10 @@ def _write(
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise OutputError(f"{target} holds files already", hint="name a new folder, or give --force")
-        present = (Path(folder, name) for folder, _, names in os.walk(target) for name in names)
-        lost = [str(path) for path in present if path.relative_to(target) not in files]
-        if lost:
+        if lost := _strangers(target, files):
+            some = ", ".join(str(target / path) for path in lost[:5])
             raise OutputError(
-                f"{target} holds files that the new folder would not have ({', '.join(sorted(lost)[:5])})",
+                f"{target} holds files that the new folder would not have ({some})",
                 hint="remove the folder first, or name another",
             )
     elif target.exists() and not target.is_dir():
@@ -132,9 +131,21 @@ def _write(
             sync_folder(Path(folder))
         ready.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IRWXU)
         plan.check_sources()
-        place_folder(ready, target, force)
+        old = place_folder(ready, target, force)
+        if old is not None:
+            for path in _strangers(old, files):
+                # Somebody put it there since we looked.
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                (old / path).rename(target / path)
+            remove(old)
     names = {source: target / relative for relative, source in files.items()}
     return Written(out, tuple(target / relative for relative in files), _runs(contents, names))
+
+
+def _strangers(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
+    """Return what a folder holds besides these files."""
+    present = (Path(place, name).relative_to(folder) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in present if path not in files)
 
 
 def _runs(contents: Mapping[Path, Content], names: Mapping[Path, Path]) -> tuple[tuple[Path, int, int], ...]:

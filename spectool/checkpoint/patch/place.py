@@ -201,15 +201,19 @@ def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
         _forget(steps)
 
 
-def place_folder(ready: Path, target: Path, force: bool) -> None:
+def place_folder(ready: Path, target: Path, force: bool) -> Path | None:
     """Give a finished folder its name; an existing one is exchanged for it in one step where the system can.
 
     Where it cannot, to be killed between two steps leaves the old folder as ``.NAME.spectool-XXXXXXXX.old``.
+
+    Returns:
+        Where the folder is that was replaced; None if there was none.
 
     Raises:
         OutputError: If the name is taken and ``force`` is not given.
         OSError: If the system refuses.
     """
+    old = None
     try:
         ready.rename(target)
     except OSError as error:
@@ -217,6 +221,7 @@ def place_folder(ready: Path, target: Path, force: bool) -> None:
             raise
         if not force or not target.is_dir():
             raise _taken(target) from None
+        old = ready
         if not _exchanged(ready, target):
             # Not .tmp: later runs remove those, and until the next step this is the only copy.
             old = temporary_name(target, "old")
@@ -227,8 +232,8 @@ def place_folder(ready: Path, target: Path, force: bool) -> None:
                 if old.exists() and not target.exists():
                     old.rename(target)
                 raise
-            remove(old)
     sync_folder(target.parent)
+    return old
 
 
 def _exchanged(one: Path, other: Path) -> bool:
