@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from boundaries import tree
-from scenarios import EVERY, Files, Scenario, after, leftovers, visible
+from scenarios import EVERY, SEVERAL, SINGLE, Files, Scenario, after, leftovers, visible
 from shim import fault_at, interrupt_at, raising
 
 from spectool.errors import SpectoolError
@@ -160,3 +160,40 @@ def test_signals_in_the_middle_of_calls(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert tree(folder) == done
+
+
+@pytest.mark.parametrize("scenario", [*SINGLE, *SEVERAL], ids=lambda scenario: scenario.name)
+def test_the_disk_has_it_before_it_has_its_name(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a power failure cannot leave a name without its bytes; and then the name is forced to the disk, too."""
+    dirty: set[int] = set()
+    named: list[bool] = []
+
+    def watch(name: str, note: Callable[..., object]) -> None:
+        real = getattr(os, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            note(*args)
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    def close(descriptor: int) -> None:
+        assert descriptor not in dirty, "closed before it is forced to the disk"
+
+    def name(*_: object) -> None:
+        assert not dirty, "a name before the bytes"
+        named.append(False)
+
+    watch("write", lambda descriptor, _: dirty.add(descriptor))
+    watch("copy_file_range", lambda _, descriptor, *rest: dirty.add(descriptor))
+    watch("fsync", lambda descriptor: (dirty.discard(descriptor), named.append(True)))
+    watch("close", close)
+    for call in ("link", "replace", "rename"):
+        watch(call, name)
+    scenario.build(tmp_path)
+    named.clear()
+    scenario.run(tmp_path)
+    assert False in named
+    assert named[-1]
