@@ -30,19 +30,20 @@ CALLS = (
 
 
 @contextmanager
-def fault_at(at: int, fault: Callable[[str], object]) -> Iterator[list[str]]:
+def fault_at(at: int, fault: Callable[[str], object], *, again: bool = False) -> Iterator[list[str]]:
     """Let something happen before the call number ``at``; yield the names of the calls made so far.
 
     Args:
         at: Which call, from 0 and over all functions together; -1 for none.
         fault: What happens: it raises or returns; then the call goes on.
+        again: Whether it happens before every call from there on, too.
     """
     made: list[str] = []
 
     def wrapped(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             made.append(name)
-            if len(made) - 1 == at:
+            if len(made) - 1 == at or (again and 0 <= at < len(made) - 1):
                 fault(name)
             return real(*args, **options)
 

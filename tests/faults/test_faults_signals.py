@@ -125,9 +125,9 @@ def test_before_a_call(
 
         def stop(name: str) -> None:
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # as `timeout` does, to a process and to its group
 
-        code = ended(run(place, CLIP, fault_at(at, stop).__enter__))
+        # More than once, as `timeout` does; here without mercy, at every call of the cleaning up.
+        code = ended(run(place, CLIP, fault_at(at, stop, again=True).__enter__))
         assert code == 128 + number, at
         assert said(place)[-1] == words.get(number, "interrupted")
         assert not any("Traceback" in line for line in said(place))

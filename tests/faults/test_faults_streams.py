@@ -72,6 +72,7 @@ def test_open_files_by_their_names(folder: Path) -> None:
     rows = (folder / "log.csv").read_text().splitlines()
     assert [rows[0], rows[1], rows[10], rows[19]] == ["precious", TABLE, TABLE, "end"]
     assert len(rows) == 20
+    assert run_shell("spectool ls net.pt -o /dev/stdout", folder).stdout.startswith(b"tensor\tkind")
     done = run_shell("spectool ls net.pt --format csv -o >(cat > got.csv); wait $!", folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "got.csv").read_text().startswith(TABLE)
