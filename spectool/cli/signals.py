@@ -15,6 +15,14 @@ _STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHU
 _UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came.
+
+    Not ``KeyboardInterrupt`` itself: Python remembers one that leaves code run by ``exec`` (as imports of large
+    packages do) and ends the process by SIGINT, whatever exit code it was given.
+    """
+
+
 class Stop:
     """What stopped a run.
 
@@ -30,12 +38,12 @@ class Stop:
         """Handle a signal.
 
         Raises:
-            KeyboardInterrupt: Unless one came just before, whose cleaning up is not to be disturbed.
+            Stopped: Unless one came just before, whose cleaning up is not to be disturbed.
         """
         now = time.monotonic()
         if now - self._when >= _AGAIN:
             self.number, self._when = number, now
-            raise KeyboardInterrupt
+            raise Stopped
 
     @property
     def exit_code(self) -> int:
@@ -45,7 +53,7 @@ class Stop:
 
 @contextmanager
 def stoppable(process: bool) -> Iterator[Stop]:
-    """Turn signals into ``KeyboardInterrupt`` for the time of a run.
+    """Turn signals into an exception for the time of a run.
 
     Signals that are ignored (``nohup``) stay so. At the end all is done, and a signal may end the process at once.
 

@@ -89,7 +89,7 @@ def traceable() -> str:
         return "ptrace as Linux has it"
     try:
         return "" if sum(1 for _ in boundaries(lambda: os.getppid())) > 1 else "ptrace sees nothing"
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, AssertionError) as error:
         number = getattr(error, "errno", None)
         return f"ptrace is not allowed here ({errno.errorcode.get(number or 0, error)})"
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,7 +273,24 @@ def test_no_room_to_unpack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_disk_that_is_nearly_full(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    room = SimpleNamespace(total=10**9, used=10**9, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
     assert main(["clip", "net.pt", "--max", "2", "-o", "out.pt"]) == 0
     text = "warning: out.pt may not fit on its disk: 1 kB are free there, net.pt has"
     assert capfd.readouterr().err.startswith(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect", "net.pt", "-o", "sub/x.csv"], ["clip", "net.pt", "--max", "2", "-o", "sub/out.pt"]],
+)
+def test_a_folder_that_vanishes(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    Path("sub").mkdir()
+    with reading(lambda path: Path("sub").rmdir(), 14):
+        assert main(arguments) == 2
+    error = last_error(capfd)
+    assert "sub" in error
+    assert "No such file or directory" in error or "there is no folder" in error
+    assert not Path("sub").exists()

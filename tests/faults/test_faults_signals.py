@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from boundaries import child, ended, tree
+from checkpoint_files import ROOT
 from safetensors.torch import save_file
 from scenarios import Files, leftovers, visible
 from shim import fault_at
@@ -145,6 +147,20 @@ def test_nohup_stays(template: tuple[Path, Files], tmp_path: Path) -> None:
 
     assert ended(run(place, CLIP, before)) == 0
     assert assert_old_or_new(place, folder, done)
+
+
+def test_the_exit_code_is_ours_wherever_the_signal_came() -> None:
+    """Python itself ends by SIGINT if a plain KeyboardInterrupt has left code run by exec, although it was caught."""
+    code = (
+        "import os, signal, sys\n"
+        "from spectool.cli.signals import stoppable\n"
+        "with stoppable(True) as stop:\n"
+        "    try:\n"
+        "        exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(99): pass')\n"
+        "    except KeyboardInterrupt:\n"
+        "        sys.exit(stop.exit_code)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 143
 
 
 def test_a_caller_keeps_its_own_handlers(
