@@ -149,7 +149,7 @@ def test_nohup_stays(template: tuple[Path, Files], tmp_path: Path) -> None:
     assert assert_old_or_new(place, folder, done)
 
 
-def test_the_exit_code_is_ours_wherever_the_signal_came() -> None:
+def test_the_exit_code_is_ours_wherever_the_signal_came(tmp_path: Path) -> None:
     """Python itself ends by SIGINT if a plain KeyboardInterrupt has left code run by exec, although it was caught."""
     code = (
         "import os, signal, sys\n"
@@ -160,7 +160,10 @@ def test_the_exit_code_is_ours_wherever_the_signal_came() -> None:
         "    except KeyboardInterrupt:\n"
         "        sys.exit(stop.exit_code)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 143
+    (tmp_path / "stopped.py").write_text(code)
+    command = [sys.executable, "-m", "stopped"]
+    found = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=tmp_path, env=found, timeout=60, check=False).returncode == 143
 
 
 def test_a_caller_keeps_its_own_handlers(
