@@ -7,11 +7,13 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from boundaries import child, ended
-from scenarios import SAMPLES, leftovers
+from scenarios import EVERY, SAMPLES, leftovers
 
 from spectool.checkpoint import open_checkpoint, write_checkpoint
 from spectool.checkpoint.patch.temporary import temporary_file, temporary_folder
@@ -73,7 +75,9 @@ root = pytest.mark.skipif(
         ("in", ["clip", "net.pt", "--max", "1", "-o", "in/out.pt"], "in/out.pt"),
     ],
 )
-def test_what_is_closed(closed: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_what_is_closed(
+    closed: str, arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with tempfile.TemporaryDirectory() as name:  # where others may go, unlike in folders of pytest
         folder = Path(name)
         (folder / "in").mkdir()
@@ -83,6 +87,10 @@ def test_what_is_closed(closed: str, arguments: list[str], message: str, tmp_pat
         for path in (folder, *folder.rglob("*")):
             os.chown(path, 65534, 65534)
         (folder / closed).chmod(0o500 if closed == "." else 0)
+        for word in ("--help", "nonsense"):  # as root, who may import everything
+            main([*arguments[:1], word])
+        main(["clip", str(folder / "net.pt"), "--max", "99", "-n", "-q"])
+        capfd.readouterr()
         said = os.open(tmp_path / "said", os.O_RDWR | os.O_CREAT)
 
         def action() -> None:
@@ -174,3 +182,51 @@ def test_what_somebody_puts_into_a_folder_that_is_replaced(
         assert (folder / "out" / "logs" / "events").read_text() == "precious"
         assert not leftovers(folder)
         shutil.rmtree("out/logs")
+
+
+@pytest.mark.parametrize("temporary", [temporary_file, temporary_folder])
+def test_a_run_that_cleans_up_at_the_wrong_moment(
+    temporary: Callable[[Path], AbstractContextManager[Path]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the creation of a temporary file and its lock, it looks like one that a killed run left."""
+    real, removed = (os.open, Path.mkdir), []
+
+    def opened(path: Path, *rest: int, **options: int) -> int:
+        number = real[0](path, *rest, **options)
+        if not removed and rest[0] & os.O_CREAT:
+            removed.append(path)
+            path.unlink()
+        return number
+
+    def made(path: Path, *rest: int) -> None:
+        real[1](path, *rest)
+        if not removed:
+            removed.append(path)
+            path.rmdir()
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(Path, "mkdir", made)
+    with temporary(folder / "out.pt") as path:
+        assert removed
+        assert path not in removed
+        assert path.exists()
+    assert not leftovers(folder)
+
+
+def test_data_that_belongs_to_another_writer_by_now(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old model's data file is removed with it, but not what has its name when it comes to that."""
+    from spectool.checkpoint.patch import external as module
+
+    scenario = next(scenario for scenario in EVERY if scenario.name == "replaced external data")
+    scenario.build(folder)
+    stale, real = folder / "out" / "out.onnx.data", module.place_each
+
+    def late(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        (folder / "new").write_text("precious")
+        (folder / "new").replace(stale)
+
+    assert stale.exists()
+    monkeypatch.setattr(module, "place_each", late)
+    scenario.run(folder)
+    assert stale.read_text() == "precious"

@@ -17,6 +17,7 @@ if sys.platform != "win32":
 
 #: Bytes of a target's name that its temporary name repeats; 255 is what file systems allow in all.
 _LONGEST = 200
+_ATTEMPTS = 20
 _CLOSE = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | _CLOSE
 _OLD = os.O_RDWR | getattr(os, "O_BINARY", 0) | _CLOSE
@@ -115,12 +116,13 @@ def _temporary(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
     path, lock = temporary_name(target), -1
     try:
         try:
-            while True:
-                lock = make(path)
-                if _held(lock, path):
-                    break
-                # A run that cleans up came between the two steps.
-                os.close(lock)
+            for attempt in range(_ATTEMPTS):
+                # A run that cleans up may come between the steps, and take what it finds for a leftover.
+                with _again_if_gone(attempt):
+                    lock = make(path)
+                    if _held(lock, path):
+                        break
+                    os.close(lock)
                 path, lock = temporary_name(target), -1
             if sys.platform == "win32" and lock >= 0:
                 # An open file cannot be renamed there.
@@ -135,6 +137,15 @@ def _temporary(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
         if lock >= 0:
             with suppress(OSError):  # nothing was written through it
                 os.close(lock)
+
+
+@contextmanager
+def _again_if_gone(attempt: int) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        if attempt == _ATTEMPTS - 1:
+            raise
 
 
 def _held(descriptor: int, path: Path) -> bool:
