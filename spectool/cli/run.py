@@ -68,6 +68,16 @@ def _failed(error: Exception, args: list[str]) -> int:
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
         what = f"the system refused ({error.strerror or error}){where}"
         return _report(error, 2, what, "run it again with --debug to see where", args)
+    if isinstance(error, MemoryError):
+        return _report(
+            error, 2, "there is not enough memory", "close other programs, or raise its limit", args
+        )
+    if isinstance(error, ImportError) and not (error.name or "").startswith("spectool"):
+        # Mapping a library fails where memory is limited.
+        what = f"a library cannot be loaded ({error})".splitlines()[0]
+        return _report(
+            error, 2, what, "see what limits memory (ulimit -v), and whether pip check is content", args
+        )
     what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
     return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
 

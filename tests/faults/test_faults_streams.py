@@ -169,3 +169,37 @@ def test_names_at_the_edge(folder: Path, monkeypatch: pytest.MonkeyPatch, name: 
     assert {path.name for path in folder.iterdir()} == {".git", name, "na\udce9ve.pt"}
     for format in ("json", "jsonl", "md", "tsv", "xlsx", "table"):
         assert main(["ls", "na\udce9ve.pt", "-o", f"out.{format}", "--format", format]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            ImportError("libtorch_cpu.so: failed to map segment"),
+            2,
+            "a library cannot be loaded (libtorch_cpu.so: ",
+        ),
+        (ImportError("cannot import name 'x'", name="spectool.api"), 3, "internal: ImportError: "),
+        (MemoryError(), 2, "there is not enough memory"),
+        (OSError(24, "Too many open files", "/lib/x"), 2, "the system refused (Too many open files): /lib/x"),
+        (ZeroDivisionError("x"), 3, "internal: ZeroDivisionError: x"),
+    ],
+)
+def test_whose_fault_it_is(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("spectool.api.inspect", fail)
+    assert main(["inspect", "net.pt"]) == code
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: {message}")
+    assert lines[1].startswith("hint: ")
+    assert len(lines) == 2
