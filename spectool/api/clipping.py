@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from spectool.api.rows import Load, Options
 from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import write_checkpoint
+from spectool.checkpoint.patch.place import destination
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
-from spectool.errors import OutputError, UsageError
+from spectool.errors import OutputError, SpectoolError, UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.clip import ClipReport
 
@@ -171,16 +174,16 @@ def clip(
     if target is not None:
         progress(Step("writing"))
         write_checkpoint(checkpoint, target, run.edits, force=force)
-        again = open_job(target, ways, selection, input_shape)
-        load: Load = again.load
-        items = {(item.key, level_of(item)): item for item in again.items}
-        job_after = again
-    else:
-        load = job.load if writer is None else writer.reload(run.edits)
-        items = {(item.key, level_of(item)): item for item in job.items}
-        job_after = job
-    rows = tuple(run.certified(entry, items, load) for entry in entries)
-    report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
+    with _remembered(target):
+        if target is not None:
+            job_after = open_job(target, ways, selection, input_shape)
+            load: Load = job_after.load
+        else:
+            job_after = job
+            load = job.load if writer is None else writer.reload(run.edits)
+        items = {(item.key, level_of(item)): item for item in job_after.items}
+        rows = tuple(run.certified(entry, items, load) for entry in entries)
+        report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
     return ClipReport(
         rows,
         report,
@@ -193,14 +196,33 @@ def clip(
     )
 
 
+@contextmanager
+def _remembered(target: Path | None) -> Iterator[None]:
+    """Whatever ends the measuring of what was written says that it was written."""
+    try:
+        yield
+    except SpectoolError as error:
+        if target is None:
+            raise
+        raise OutputError(
+            f"{target} was written, but could not be measured: {error}",
+            hint=error.hint or f"`spectool check {target}` measures it",
+        ) from error
+    except KeyboardInterrupt as stop:
+        if target is not None:
+            stop.add_note(f"{target} was written, but not measured: `spectool check` does that")
+        raise
+
+
 def _checked_target(source: Path, out: Path, force: bool) -> Path:
     """Refuse a target that cannot be meant before anything is computed."""
-    if out.exists() and not force:
-        same = source.exists() and out.samefile(source)
+    if os.path.lexists(out) and not force:
+        same = out.exists() and source.exists() and out.samefile(source)
         raise OutputError(
             f"{out} is the file to read" if same else f"{out} exists already",
             hint="--in-place --force replaces it" if same else "--force replaces it",
         )
     if not out.parent.exists():
         raise OutputError(f"there is no folder {out.parent}", hint="create it first")
+    destination(out, force)
     return out
