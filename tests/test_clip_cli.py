@@ -280,6 +280,13 @@ def test_what_is_there_is_replaced_only_when_forced(spectool: Run, tmp_path: Pat
     assert (tmp_path / "net.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
 
 
+def test_the_file_itself_is_replaced_by_its_name_when_forced(spectool: Run, tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to("net.safetensors")
+    assert spectool("net.safetensors", "--max", "1.5", "-o", "link.safetensors", "--force")[0] == 0
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert sigma(load_file("net.safetensors")["fc3.weight"]) <= 1.5
+
+
 def test_reports_by_suffix_and_a_suffix_that_misleads(spectool: Run, tmp_path: Path) -> None:
     for name in ("r.csv", "r.tsv", "r.json", "r.jsonl", "r.md", "r.xlsx"):
         code, out, err = spectool("net.safetensors", "--max", "1.5", "-n", "--report", name)

@@ -52,10 +52,8 @@ def choose_checkpoint(
             "a checkpoint is not written to stdout", hint="name a file: -o OUT; the result goes to stdout"
         )
     out = Path(output)
-    if same_file(out, source):
-        raise OutputError(
-            f"{out} is the file to read", hint="name another, or replace it: --in-place --force"
-        )
+    if same_file(out, source) and not force:
+        raise OutputError(f"{out} is the file to read", hint="name another, or replace it: --force")
     if os.path.exists(out) and not (out.is_file() or out.is_dir()):  # noqa: PTH110
         raise OutputError(
             f"{out} is neither a file nor a folder", hint="name a file, or compute only: --dry-run"

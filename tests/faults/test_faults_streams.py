@@ -128,7 +128,7 @@ LONG = "x" * 300
             "net.pt/x cannot be written: net.pt is no folder",
         ),
         *(
-            (["clip", "net.pt", "--max", "1", "-o", alias, "--force"], f"{alias} is the file to read")
+            (["clip", "net.pt", "--max", "1", "-o", alias], f"{alias} is the file to read")
             for alias in ("net.pt", "link.csv", "hard.pt", "folder/../net.pt")
         ),
     ],
