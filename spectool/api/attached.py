@@ -20,6 +20,7 @@ from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import Checkpoint, TensorRef
 from spectool.errors import UsageError
 from spectool.graph import Skipped
+from spectool.graph.effective import Effective
 from spectool.graph.writing import Writer
 
 Load = Callable[[str], Tensor]
@@ -121,13 +122,24 @@ class _LiveWriter:
 
     def reload(self, stored: Mapping[str, Tensor]) -> Load:
         """Return the loader of constants once ``stored`` tensors have these values and all others those of now."""
+        return self._loader(stored, 0)
 
+    def derived(self, name: str) -> Effective | None:
+        """Return the parametrisation behind a constant."""
+        return self.inner.derived(name)
+
+    def readings(self, stored: Mapping[str, Tensor]) -> tuple[Load, ...]:
+        """Return ``reload`` and what else ``stored`` values may come to."""
+        return tuple(self._loader(stored, index) for index, _ in enumerate(self.inner.readings(stored)))
+
+    def _loader(self, stored: Mapping[str, Tensor], which: int) -> Load:
         def load(name: str) -> Tensor:
             homes = self.inner.homes(name) or ()
             if not any(home in stored for home in homes):
                 return self.attached.load(name)
             now = {home: stored[home] if home in stored else self.attached.read(home) for home in homes}
-            return self.inner.reload(now)(name)
+            loaders = self.inner.readings(now)
+            return loaders[min(which, len(loaders) - 1)](name)
 
         return load
 

@@ -106,7 +106,8 @@ class ClipRun:
     ) -> tuple[Projected, Stored]:
         if self.writer is None:
             raise OperatorError("nothing can be written back to this source")
-        read = self.checkpoint.read
+        # Several problems may change parts of one tensor: each goes on from what the ones before it made.
+        read: Load = lambda name: self.edits[name] if name in self.edits else self.checkpoint.read(name)  # noqa: E731
         homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
         for home in sorted(homes):
             if home not in self.checkpoint.tensors:
@@ -126,7 +127,8 @@ class ClipRun:
         if self.prove:
             stored = prove_limit(problem, projected.weights, stored, self.writer, types, read, seed=seed)
         final = {name: stored.load(name).double() for name in problem.names}
-        return replace(projected, change=projected.distance(final)), stored
+        note = "; ".join(text for text in (projected.note, training_remark(problem, self.writer)) if text)
+        return replace(projected, change=projected.distance(final), note=note), stored
 
     def recentre(self, entries: Sequence[Entry], inputs: Tensor | None, *, biases: bool) -> None:
         """Move the running means (or biases) behind changed weights."""
@@ -260,6 +262,12 @@ def not_gated(item: Region | Skipped, limit: float | None, kinds: Sequence[str])
     if item.operators == 0 and not kinds:
         return f"no weight matrix (--kind {item.kind} gates it)"
     return "" if limit is not None else "no limit matches it"
+
+
+def training_remark(problem: Problem, writer: Writer) -> str:
+    """Return what a forward in training mode makes of new weights, in words; empty where they stay."""
+    made = [writer.derived(name) for name in problem.names]
+    return next((weight.training for weight in made if weight is not None and weight.training), "")
 
 
 def _raw_change(edits: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
