@@ -21,6 +21,7 @@ from spectool.checkpoint import Checkpoint, TensorRef
 from spectool.errors import UsageError
 from spectool.graph import Skipped
 from spectool.graph.effective import Effective
+from spectool.graph.untouched import as_it_was
 from spectool.graph.writing import Writer
 
 Load = Callable[[str], Tensor]
@@ -162,7 +163,7 @@ def attach(model: Module, selection: Selection, input_shape: InputShapes | None)
             f"a live module is needed, got {type(model).__name__}", hint="spectool.clip takes files"
         )
     module, group = unwrap(model)
-    with apart(), _as_it_was(module), _uncompiled():
+    with apart(), as_it_was(module), _uncompiled():
         job = open_job(module, Ways(), selection, input_shape)
     owners = {
         f"{path}.{leaf}" if path else leaf: (child, leaf)
@@ -237,22 +238,6 @@ def apart() -> Iterator[None]:
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-
-
-@contextlib.contextmanager
-def _as_it_was(module: Module) -> Iterator[None]:
-    """Put back what a forward sets on submodules: weights that old hooks compute, counters, caches."""
-    before = [(child, dict(vars(child))) for child in module.modules()]
-    try:
-        yield
-    finally:
-        for child, attributes in before:
-            now = vars(child)
-            for name in set(now) - set(attributes):
-                del now[name]
-            for name, value in attributes.items():
-                if name not in now or now[name] is not value:
-                    now[name] = value
 
 
 @contextlib.contextmanager

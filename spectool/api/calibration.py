@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectool.checkpoint import Checkpoint
 from spectool.errors import UsageError
+from spectool.graph.untouched import copied
 
 _MOST = 1024
 """Samples that are used; the means of so many are accurate to a few per cent of a standard deviation."""
@@ -191,9 +192,9 @@ def _with_weights(
 ) -> torch.nn.Module:
     """Return a copy of a module with the file's weights, edited, in evaluation mode and float32."""
     if any(value.is_meta for value in module.state_dict().values()):
-        made = copy.deepcopy(module).to_empty(device="cpu")
+        made = copied(module).to_empty(device="cpu")
     else:
-        made = copy.deepcopy(module)
+        made = copied(module)
     made = made.float().eval()
     with torch.no_grad():
         for name, value in made.state_dict(keep_vars=True).items():

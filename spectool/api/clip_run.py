@@ -97,7 +97,7 @@ class ClipRun:
             self.edits.update(stored.edits)
             for entry in members:
                 entry.projected = projected
-                entry.raw_change = _raw_change(stored.edits, self.checkpoint)
+                entry.raw_change = self._raw_change(problem, stored)
                 if entry.action == "clip":
                     entry.action = "clipped"
 
@@ -129,6 +129,17 @@ class ClipRun:
         final = {name: stored.load(name).double() for name in problem.names}
         note = "; ".join(text for text in (projected.note, training_remark(problem, self.writer)) if text)
         return replace(projected, change=projected.distance(final), note=note), stored
+
+    def _raw_change(self, problem: Problem, stored: Stored) -> float:
+        """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed, or over the weights that they make."""
+        made = [name for name in problem.names if self.writer is not None and self.writer.derived(name)]
+        if made:
+            pairs = [(problem.load(name), stored.load(name)) for name in made]
+        else:
+            pairs = [(self.checkpoint.read(name), value) for name, value in stored.edits.items()]
+        moved = sum(float((new.double() - old.double()).square().sum()) for old, new in pairs)
+        total = sum(float(old.double().square().sum()) for old, _ in pairs)
+        return float((moved / total) ** 0.5) if total > 0 else 0.0
 
     def recentre(self, entries: Sequence[Entry], inputs: Tensor | None, *, biases: bool) -> None:
         """Move the running means (or biases) behind changed weights."""
@@ -268,16 +279,6 @@ def training_remark(problem: Problem, writer: Writer) -> str:
     """Return what a forward in training mode makes of new weights, in words; empty where they stay."""
     made = [writer.derived(name) for name in problem.names]
     return next((weight.training for weight in made if weight is not None and weight.training), "")
-
-
-def _raw_change(edits: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
-    """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed."""
-    moved = total = 0.0
-    for name, value in edits.items():
-        old = checkpoint.read(name).double()
-        moved += float((value.double() - old).square().sum())
-        total += float(old.square().sum())
-    return (moved / total) ** 0.5 if total > 0 else 0.0
 
 
 def _disturbed(before: Row, after: Row, limit: float) -> float | None:
