@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectool.api.calibration import calibrated_means
+from spectool.api.covariances import Covariances
 from spectool.api.job import Job, numbered
 from spectool.api.limits import Bounds
 from spectool.api.rows import Load, Options, analysed_row, listed_row
@@ -55,7 +56,7 @@ class ClipRun:
     prove: bool
     progress: Progress
     edits: dict[str, Tensor] = field(default_factory=dict)
-    covariances: Mapping[str, Tensor] = field(default_factory=dict)
+    covariances: Covariances | None = None
 
     def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> Entry:
         """Return a row as it is before, and whether anything is asked of it."""
@@ -119,9 +120,7 @@ class ClipRun:
         before = 0.0
         for entry in members:
             before = max(before, entry.row.sigma[0] / (entry.limit or 1.0))
-        seen = {name: (self.writer.homes(name) or ("",))[0] for name in problem.names}
-        known = {name: self.covariances[home] for name, home in seen.items() if home in self.covariances}
-        projected = solve(problem, before, replace(self.clip_options, covariances=known), progress)
+        projected = solve(problem, before, self._with_covariances(problem), progress)
         seed = self.clip_options.seed
         stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
         if self.prove:
@@ -129,6 +128,26 @@ class ClipRun:
         final = {name: stored.load(name).double() for name in problem.names}
         note = "; ".join(text for text in (projected.note, training_remark(problem, self.writer)) if text)
         return replace(projected, change=projected.distance(final), note=note), stored
+
+    def wanted(self, entries: Sequence[Entry]) -> set[str]:
+        """Return the stored tensors, one to a weight, of all weights that may change."""
+        if self.writer is None:
+            return set()
+        names = [node.inputs[1] for e in entries if e.action == "clip" for node in _operators(e.item)]
+        return {homes[0] for name in names if (homes := self.writer.homes(name))}
+
+    def _with_covariances(self, problem: Problem) -> ClipOptions:
+        """Return the options with what is known of the constants of a problem."""
+        if self.covariances is None or self.writer is None:
+            return self.clip_options
+        seen = {name: (self.writer.homes(name) or ("",))[0] for name in problem.names}
+        found, missing = self.covariances.found, self.covariances.missing
+        return replace(
+            self.clip_options,
+            covariances={name: found[home] for name, home in seen.items() if home in found},
+            uncovered={"": missing[""]}
+            | {name: missing[home] for name, home in seen.items() if home in missing},
+        )
 
     def _raw_change(self, problem: Problem, stored: Stored) -> float:
         """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed, or over the weights that they make."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from spectool.clip.coordinates import Coordinates, Metric
 from spectool.clip.family import ConvFamily, flat
 from spectool.clip.leading import leading
-from spectool.clip.problem import Constraint, Coordinates, Metric, Problem, closed_form, family_of
+from spectool.clip.problem import Constraint, Problem, closed_form, family_of
 from spectool.clip.project import Options, _is_matrix
 from spectool.clip.solve import solve
 from spectool.clip.store import store
