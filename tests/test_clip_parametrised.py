@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from dense import conv_matrix, conv_transpose_matrix
+from onnx_models import graph, model, node, weights
+from onnx_models import run as ort_run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -406,6 +409,22 @@ def test_gates_of_a_state_dict_are_all_clipped(tmp_path: Path) -> None:
     for name, value in torch.load(tmp_path / "out.pt", weights_only=True).items():
         for gate in value.double().chunk(4) if name.startswith("weight") else ():
             assert 0.3 * (1 - 3e-4) <= _top(gate.numpy()) <= 0.3 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_weight_norm_in_an_onnx_graph(turned: bool, tmp_path: Path) -> None:
+    """As exporters write it without folding constants; truth is what ONNX Runtime computes."""
+    tensors = {"fc.weight_v": weights(5, 7), "fc.weight_g": np.abs(weights(5, 1)) + 1}
+    steps = [node("ReduceL2", "fc.weight_v", "n", axes=[1]), node("Div", "fc.weight_v n", "d")]
+    steps += [node("Mul", "d fc.weight_g", "w"), node("Transpose", "w", "wt", perm=[1, 0])]
+    last = node("MatMul", "x wt", "y") if turned else node("Gemm", "x w", "y", transB=1)
+    made = model(graph([*steps, last] if turned else [*steps[:3], last], {"x": [7, 7]}, "y", tensors))
+    (tmp_path / "net.onnx").write_bytes(made.SerializeToString())
+    report = spectool.clip(tmp_path / "net.onnx", max=LIMIT, out=tmp_path / "out.onnx")
+    assert [row.action for row in report.rows] == ["clipped"]
+    assert set(report.changed) == set(tensors)
+    (y,) = ort_run(onnx.load(tmp_path / "out.onnx"), {"x": np.eye(7, dtype=np.float32)}, ["y"])
+    assert LIMIT * (1 - 3e-4) <= _top(y.astype(np.float64)) <= LIMIT * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", list(WRAPS))
