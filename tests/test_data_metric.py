@@ -19,6 +19,8 @@ from torch.nn.utils import parametrizations
 import spectool
 from spectool.api import covariances
 from spectool.clip import measure
+from spectool.clip.family import MatrixFamily
+from spectool.clip.images import DenseImages, RankImages
 from spectool.report.clip import ClipRow
 
 Array = NDArray[np.float64]
@@ -257,5 +259,56 @@ def test_other_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "scale does not minimise it"
         in reasons(tmp_path, torch.randn(9, 5, 6), method="scale", **options)["wide.weight"][1]
     )
+
+
+def test_a_kernel_may_be_too_large_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "_TURNED", 100)
-    assert "125 entries" in reasons(tmp_path, torch.randn(9, 5, 6), **options)["wide.weight"][1]
+    truth = Truth("conv")
+    row, _ = clipped("conv", 0.6 * truth.top(truth.weight), tmp_path)
+    assert row.metric == "weights"
+    assert "metric weights, not data: 108 entries" in row.reason
+    # Of a matrix no images are held.
+    truth = Truth("matrix")
+    monkeypatch.setattr(measure, "_TURNED", 10)
+    row, _ = clipped("matrix", 0.6 * truth.top(truth.weight), tmp_path, force=True)
+    assert row.metric == "data"
+
+
+def test_images_of_a_matrix_are_those_of_its_pairs() -> None:
+    source = torch.Generator().manual_seed(0)
+    left, right, other = (
+        torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((4, 6), (4, 7), (1, 42))
+    )
+    family = MatrixFamily(torch.zeros(6, 7, dtype=torch.float64))
+    dense, thin = DenseImages(family.pairs(left, right)), RankImages(left, right)
+    y = torch.randn(10, generator=source, dtype=torch.float64)
+    assert thin.shape == dense.shape == (10, 42)
+    torch.testing.assert_close(thin.rows(), dense.rows())
+    torch.testing.assert_close(thin.gram(), dense.rows() @ dense.rows().T)
+    torch.testing.assert_close(thin.along(other[0]), dense.rows() @ other[0])
+    torch.testing.assert_close(thin.combined(y), y @ dense.rows())
+
+
+def test_a_matrix_with_more_weights_than_pairs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(wide().state_dict(), tmp_path / "net.pt")
+    inputs = torch.randn(200, 40) @ torch.randn(40, 40)
+    old = torch.load(tmp_path / "net.pt", weights_only=True)["0.weight"].double()
+    limit = 0.5 * float(torch.linalg.matrix_norm(old, 2))
+    (row,) = spectool.clip(
+        tmp_path / "net.pt", max=limit, out=tmp_path / "out.pt", calibrate=inputs,
+        arch=f"{__name__}:wide", input_shape=(1, 40),
+    ).rows  # fmt: skip
+    new = torch.load(tmp_path / "out.pt", weights_only=True)["0.weight"].double()
+    covariance = np.cov(inputs.double().numpy(), rowvar=False, bias=True)
+    covariance += 0.03 * np.trace(covariance) / 40 * np.eye(40)
+    cost = [float(np.trace(w.numpy() @ covariance @ w.numpy().T)) for w in (new - old, old)]
+    assert row.metric == "data"
+    assert row.change == pytest.approx((cost[0] / cost[1]) ** 0.5, rel=1e-4)
+    assert row.change <= 1.05 * row.change_lower_bound
+    assert limit * (1 - 3e-4) <= float(torch.linalg.matrix_norm(new, 2)) <= limit * (1 + 1e-9)
+
+
+def wide() -> nn.Module:
+    """One matrix."""
+    return nn.Sequential(nn.Linear(40, 36))
