@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from spectool.clip.family import Family, flat
-from spectool.clip.images import DenseImages, Images
 from spectool.clip.interior import minimise, smat, svec, svec_index
 from spectool.clip.leading import Leading, leading
 from spectool.errors import OperatorError
@@ -104,8 +103,7 @@ def bundle(
     """
     source = torch.Generator().manual_seed(seed)
     start = family.start
-    held = 1 if family.thin else start.numel() * start.element_size()
-    most = max(_FEWEST, int((2 * _PAIR_BYTES / held) ** 0.5))
+    most = max(_FEWEST, int((2 * _PAIR_BYTES / (start.numel() * start.element_size())) ** 0.5))
     # No more than r pairs carry the solution, r(r+1)/2 ≤ numel w.
     rank = int((2.0 * start.numel()) ** 0.5) + 1
     block, subspace = min(block, max(6, rank + 4)), min(subspace, max(12, 2 * rank + 8))
@@ -191,8 +189,7 @@ class _Dual:
         start = family.at(family.start)
         self._shapes = start.out_shape, start.in_shape
         self._left = self._right = torch.zeros(0, 0)
-        self._y = self._slack = self._linear = torch.zeros(0)
-        self._images: Images = DenseImages(torch.zeros(0, 0))
+        self._y = self._slack = self._linear = self._images = torch.zeros(0)
         # L*Z₀ and ⟨Z₀, A(w₀)⟩ − c·tr, for Z₀ of trace 1; none at first.
         self._rest: Tensor | None = None
         self._rest_linear = 0.0
@@ -226,7 +223,7 @@ class _Dual:
             self._rest = None
             return
         vector = svec(y)
-        image = self._images.combined(vector)
+        image = vector.to(self._images.dtype) @ self._images
         linear = float(vector @ self._linear)
         if self._rest is not None:
             image = image + alpha * self._rest
@@ -237,34 +234,24 @@ class _Dual:
         """Return (w₀ − L*Z, lower bound) of the best Z on the subspace."""
         family, start, p = self._family, self._family.start, len(self._left)
         left, right = self._left.reshape(p, *self._shapes[0]), self._right.reshape(p, *self._shapes[1])
-        self._images = DenseImages(torch.zeros(0, 0))  # makes room: they may be gigabytes
-        images = self._images = family.images(left, right)
+        self._images = family.pairs(left, right)
         moved = flat(family.at(start).matvec(right))
         family.applications += p
         block = (self._left @ moved.T).double()
         norms = 0.5 * (self._left @ self._left.T + self._right @ self._right.T).double()
         rows, columns, factors = svec_index(p)
         self._linear = (0.5 * (block + block.T) - self._limit * norms)[rows, columns] * factors
-        linear, rest = self._linear, self._rest
-        if rest is not None:
+        linear, stack = self._linear, self._images
+        if self._rest is not None:
+            stack = torch.cat([stack, self._rest[None]])
             linear = torch.cat([linear, torch.tensor([self._rest_linear], dtype=torch.float64)])
-        exact = None
-        t, width = images.shape
-        if width < len(linear):
-            # Where few weights span the images, gram and images must agree to the last digit.
-            exact = images.rows().double()
-            exact = exact if rest is None else torch.cat([exact, rest[None].double()])
-            gram = exact @ exact.T
-        else:
-            gram = images.gram()
-            if rest is not None:
-                side, own = images.along(rest)[:, None], (rest @ rest).double().reshape(1, 1)
-                gram = torch.cat([torch.cat([gram, side], dim=1), torch.cat([side.T, own], dim=1)])
-        self._y = minimise(gram, linear, p, images=exact)
+        # Where few weights span the images, gram and images must agree to the last digit.
+        images = stack.double() if stack.shape[1] < len(stack) else None
+        gram = (stack @ stack.T).double() if images is None else images @ images.T
+        self._y = minimise(gram, linear, p, images=images)
+        t = len(self._linear)
         self._slack = smat(gram[:t] @ self._y - self._linear, p)
-        step = images.combined(self._y[:t])
-        if rest is not None:
-            step = step + float(self._y[t]) * rest
+        step = self._y.to(stack.dtype) @ stack
         length = float(torch.linalg.vector_norm(step))
         # The best multiple of Z: ⟨Z, A(w₀)⟩ − c‖Z‖_* over ‖L*Z‖.
         lower = max(0.0, float(self._y @ linear)) / length if length > 0 else 0.0

@@ -9,7 +9,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from spectool.clip.images import DenseImages, Images
 from spectool.clip.sums import DirectSum
 from spectool.linear import ConvGeometry, ConvMap, LinearMap, MatrixMap
 
@@ -27,11 +26,6 @@ class Family:
     Attributes:
         applications: Operator applications and weight gradients so far, per vector.
     """
-
-    @property
-    def thin(self) -> bool:
-        """Whether ``images`` are not held as rows."""
-        return False
 
     def __init__(
         self, build: Callable[[Tensor], LinearMap], start: Tensor, *, homogeneous: bool = True
@@ -56,10 +50,6 @@ class Family:
             (gradient,) = torch.autograd.grad(total, weight)
         self.applications += len(right)
         return gradient.detach()
-
-    def images(self, left: Tensor, right: Tensor) -> Images:
-        """Return what ``pairs`` returns, held in the way that suits the operator."""
-        return DenseImages(self.pairs(left, right))
 
     def floor(self, limit: float) -> float:
         """Return a lower bound on ‖w′ − w₀‖ over all w′ within the limit, good where that is tiny; 0 if unknown."""
@@ -104,7 +94,7 @@ class MatrixFamily(Family):
             return Positioned(matrix, positions)
 
         super().__init__(build, start)
-        self._transposed, self.factor, self.positions = transposed, factor, positions
+        self._transposed, self.factor = transposed, factor
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return what ``Family.pairs`` returns, by products of matrices."""

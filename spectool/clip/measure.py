@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spectool.clip.project import Options
 
 _TURNED = 5 << 19
-"""Entries of a kernel up to which it is measured by data: the bundle holds 300 images of it, 3 GB in float32."""
+"""Entries of a weight up to which it is measured by data: the bundle holds 300 images of it, 3 GB in float32."""
 
 
 def not_by_data(metric: Metric, reason: str) -> str:
@@ -53,8 +53,7 @@ def covariance_of(
     rows = uses.pop()
     if rows is None or uses:
         return None, "it is used in several ways"
-    alone = len(forms) == 1 and forms[0] is not None and forms[0].kind == "matrix"
-    if weight.numel() > _TURNED and not alone:
+    if weight.numel() > _TURNED:
         return None, f"{weight.numel()} entries, and that takes 3 GB at {_TURNED}"
     covariance = Covariance(matrix.double(), rows)
     if not covariance.fits(weight):

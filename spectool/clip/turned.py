@@ -10,7 +10,6 @@ from torch import Tensor
 
 from spectool.clip.coordinates import Covariance
 from spectool.clip.family import ConvFamily, Family, MatrixFamily, pair_products
-from spectool.clip.images import DenseImages, Images, RankImages
 from spectool.linear import ConvMap
 
 
@@ -42,18 +41,6 @@ class TurnedFamily(Family):
     def pull(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the inner gradient, turned."""
         return self._forth(self._inner.pull(left, right)[None])[0]
-
-    @property
-    def thin(self) -> bool:
-        """Whether the operator is one matrix on vectors."""
-        return isinstance(self._inner, MatrixFamily) and not self._inner.positions
-
-    def images(self, left: Tensor, right: Tensor) -> Images:
-        """Return the inner gradients, turned: uᵢ(L⁻¹vⱼ)ᵀ for a matrix."""
-        if not isinstance(self._inner, MatrixFamily) or not self.thin:
-            return DenseImages(self.pairs(left, right))
-        self.applications += len(left)
-        return RankImages(left, right @ self._inverse[0].T * self._inner.factor)
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the inner gradients, turned."""
