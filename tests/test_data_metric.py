@@ -19,8 +19,6 @@ from torch.nn.utils import parametrizations
 import spectool
 from spectool.api import covariances
 from spectool.clip import measure
-from spectool.clip.family import MatrixFamily
-from spectool.clip.images import DenseImages, RankImages
 from spectool.report.clip import ClipRow
 
 Array = NDArray[np.float64]
@@ -40,6 +38,9 @@ def layers() -> dict[str, nn.Module]:
         "transposed, groups": nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2),
         "weight norm": parametrizations.weight_norm(nn.Conv2d(4, 3, 3, padding=1)),
         "matrix": nn.Linear(SIDE, 4),
+        "1x1": nn.Conv2d(4, 5, 1, stride=2),
+        "windows": nn.Conv2d(4, 3, 2, stride=2),
+        "transposed windows": nn.ConvTranspose2d(4, 3, 2, stride=2),
     }
 
 
@@ -267,26 +268,11 @@ def test_a_kernel_may_be_too_large_for_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     row, _ = clipped("conv", 0.6 * truth.top(truth.weight), tmp_path)
     assert row.metric == "weights"
     assert "metric weights, not data: 108 entries" in row.reason
-    # Of a matrix no images are held.
     truth = Truth("matrix")
-    monkeypatch.setattr(measure, "_TURNED", 10)
-    row, _ = clipped("matrix", 0.6 * truth.top(truth.weight), tmp_path, force=True)
-    assert row.metric == "data"
-
-
-def test_images_of_a_matrix_are_those_of_its_pairs() -> None:
-    source = torch.Generator().manual_seed(0)
-    left, right, other = (
-        torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((4, 6), (4, 7), (1, 42))
-    )
-    family = MatrixFamily(torch.zeros(6, 7, dtype=torch.float64))
-    dense, thin = DenseImages(family.pairs(left, right)), RankImages(left, right)
-    y = torch.randn(10, generator=source, dtype=torch.float64)
-    assert thin.shape == dense.shape == (10, 42)
-    torch.testing.assert_close(thin.rows(), dense.rows())
-    torch.testing.assert_close(thin.gram(), dense.rows() @ dense.rows().T)
-    torch.testing.assert_close(thin.along(other[0]), dense.rows() @ other[0])
-    torch.testing.assert_close(thin.combined(y), y @ dense.rows())
+    limit = 0.6 * truth.top(truth.weight)
+    assert clipped("matrix", limit, tmp_path, force=True)[0].metric == "data"
+    monkeypatch.setattr(measure, "WORK", 79)
+    assert "a matrix 4×5 takes too long" in clipped("matrix", limit, tmp_path, force=True)[0].reason
 
 
 def test_a_matrix_with_more_weights_than_pairs(tmp_path: Path) -> None:

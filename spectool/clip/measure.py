@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spectool.clip.coordinates import Covariance, Metric, Rows
-from spectool.clip.problem import Closed, Problem
+from spectool.clip.problem import Closed, Problem, is_row_matrix
+from spectool.clip.weighted import WORK
 from spectool.graph.types import Conv, Linear, Op
 
 if TYPE_CHECKING:
@@ -53,11 +54,14 @@ def covariance_of(
     rows = uses.pop()
     if rows is None or uses:
         return None, "it is used in several ways"
-    if weight.numel() > _TURNED:
-        return None, f"{weight.numel()} entries, and that takes 3 GB at {_TURNED}"
     covariance = Covariance(matrix.double(), rows)
     if not covariance.fits(weight):
         return None, "what its layer sees is not what its rows are multiplied with"
+    if len(forms) == 1 and is_row_matrix(forms[0], weight):
+        _, m, n = rows.split(weight).shape
+        return (None, f"a matrix {m}×{n} takes too long") if m * n * min(m, n) > WORK else (covariance, "")
+    if weight.numel() > _TURNED:
+        return None, f"{weight.numel()} entries, and that takes 3 GB at {_TURNED}"
     return covariance, ""
 
 

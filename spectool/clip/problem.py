@@ -191,6 +191,29 @@ def closed_form(region: Region, name: str, load: Load) -> Closed | None:
     return None
 
 
+def is_matrix(form: Closed | None, weight: Tensor) -> bool:
+    """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
+    if form is None:
+        return False
+    if form.kind == "matrix":
+        return True
+    g = form.geometry
+    if form.kind != "conv" or g is None or g.groups > 1:
+        return False
+    kernel = tuple(weight.shape[2:])
+    if max(kernel, default=1) == 1 and not g.transposed and g.padding_mode == "zeros":
+        return all(low >= 0 and high >= 0 for low, high in g.padding)
+    apart = all(s >= (k - 1) * d + 1 for s, k, d in zip(g.stride, kernel, g.dilation, strict=True))
+    return apart and not any(side for pair in g.padding for side in pair)
+
+
+def is_row_matrix(form: Closed | None, weight: Tensor) -> bool:
+    """Whether the matrix has the rows of the weight: not a transposed convolution, whose rows are its columns."""
+    if form is None or not is_matrix(form, weight):
+        return False
+    return form.geometry is None or not form.geometry.transposed
+
+
 def _lowered(region: Region, name: str, value: Tensor, load: Load) -> ConvMap | MatrixMap | InfiniteConv:
     made = lower(region, lambda wanted: value if wanted == name else load(wanted), dtype=torch.float64)
     made = fold(made) if not isinstance(made, InfiniteConv) else made

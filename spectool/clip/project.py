@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from spectool.clip.bundle import Projection, bundle
-from spectool.clip.coordinates import Coordinates, Metric
+from spectool.clip.coordinates import Coordinates, Covariance, Metric
 from spectool.clip.family import ConvFamily, Family
 from spectool.clip.leading import leading
 from spectool.clip.measure import covariance_of, not_by_data
-from spectool.clip.problem import Closed, Problem, closed_form, family_of
+from spectool.clip.problem import Closed, Problem, closed_form, family_of, is_matrix, is_row_matrix
 from spectool.clip.published import top_value
 from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
@@ -172,6 +172,8 @@ def _solve(
         return _any_size(coordinates.start, _known(form), limit, options.seed), True
     if options.all_sizes:
         raise OperatorError(f"{problem.key}: a bound for every size needs a lone convolution")
+    if coordinates.covariance is not None and form is not None and is_row_matrix(form, coordinates.weight):
+        return _weighted(coordinates, coordinates.covariance, limit, options, progress), True
     family, limit = family_of(problem, coordinates, forms, options.device)
     method, why = _choose(family, form, limit, coordinates, options)
     if method == "svd":
@@ -199,12 +201,12 @@ def _choose(
 ) -> tuple[str, str]:
     """Return (solver, why)."""
     if options.method != "auto":
-        if options.method == "svd" and not _is_matrix(form, coordinates.weight):
+        if options.method == "svd" and not is_matrix(form, coordinates.weight):
             raise OperatorError("an SVD is the projection of matrices only", hint="use --method auto")
         return options.method, "asked for"
     if coordinates.covariance is not None:
         return "bundle", "the data metric"
-    if _is_matrix(form, coordinates.weight):
+    if is_matrix(form, coordinates.weight):
         return "svd", "a matrix"
     if form is None or form.geometry is None:
         return "bundle", "no lone operator"
@@ -233,20 +235,14 @@ def _positions(form: Closed) -> int:
     return math.prod((form.in_shape or (1,))[1:])
 
 
-def _is_matrix(form: Closed | None, weight: Tensor) -> bool:
-    """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
-    if form is None:
-        return False
-    if form.kind == "matrix":
-        return True
-    g = form.geometry
-    if form.kind != "conv" or g is None or g.groups > 1:
-        return False
-    kernel = tuple(weight.shape[2:])
-    if max(kernel, default=1) == 1 and not g.transposed and g.padding_mode == "zeros":
-        return all(low >= 0 and high >= 0 for low, high in g.padding)
-    apart = all(s >= (k - 1) * d + 1 for s, k, d in zip(g.stride, kernel, g.dilation, strict=True))
-    return apart and not any(side for pair in g.padding for side in pair)
+def _weighted(
+    coordinates: Coordinates, covariance: Covariance, limit: float, options: Options, progress: Progress
+) -> Projection:
+    from spectool.clip.weighted import nearest_matrix
+
+    (start,), (root,) = covariance.rows.split(coordinates.plain.start), covariance.root
+    made = nearest_matrix(start, root, limit, gap=options.gap, progress=progress)
+    return replace(made, weight=(made.weight @ root)[None], method=f"{made.method} (the data metric)")
 
 
 def _svd(start: Tensor, form: Closed | None, limit: float) -> Projection:
