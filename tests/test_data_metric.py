@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 import spectool
 from spectool.api import covariances
 from spectool.clip import measure
+from spectool.clip.weighted import nearest_matrix
 from spectool.report.clip import ClipRow
 
 Array = NDArray[np.float64]
@@ -298,3 +299,23 @@ def test_a_matrix_with_more_weights_than_pairs(tmp_path: Path) -> None:
 def wide() -> nn.Module:
     """One matrix."""
     return nn.Sequential(nn.Linear(40, 36))
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-6])
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (5, 1)])
+def test_the_nearest_matrix_obeys_and_nothing_is_nearer(shape: tuple[int, int], share: float) -> None:
+    source = np.random.default_rng(0)
+    start, factor = (
+        source.standard_normal(shape),
+        source.standard_normal((shape[1], shape[1])) + 2 * np.eye(shape[1]),
+    )
+    root = np.linalg.cholesky(factor @ factor.T)
+    limit = share * float(np.linalg.norm(start, 2))
+    made = nearest_matrix(torch.from_numpy(start), torch.from_numpy(root), limit, gap=0.001)
+    assert np.linalg.norm(made.weight.numpy(), 2) <= limit * (1 + 1e-9)
+    change = np.linalg.norm((made.weight.numpy() - start) @ root)
+    assert made.lower <= change <= 1.001 * made.lower
+    for width in np.geomspace(1e-4, 3, 40):
+        other = made.weight.numpy() + width * limit * source.standard_normal(shape)
+        other *= min(1.0, limit / np.linalg.norm(other, 2))
+        assert np.linalg.norm((other - start) @ root) >= made.lower

@@ -23,6 +23,9 @@ from spectool.progress import Progress, Step, silent
 WORK = 1 << 34
 """m·n·min(m, n) up to which it is done: minutes at 2048×4096."""
 
+_TINY = 1e-3
+"""Limit over σ₁ below which squares have lost too much."""
+
 _ITERATIONS = 300
 _RELAXED = 1.6
 _BALANCE = 4.0
@@ -79,19 +82,19 @@ def nearest_matrix(
                 factor = min(4.0, max(0.25, ratio**0.5))
                 rho, y = rho * factor, y / factor
     note = "" if residual <= gap else f"stopped after {count} iterations"
-    return Projection(
-        nearest @ vectors.T, lower, "alternating directions", count, 2 * count * min(start.shape), note
-    )
+    return Projection(nearest @ vectors.T, lower, "alternating directions", count, 2 * count, note)
 
 
 def _clipped(matrix: Tensor, limit: float) -> tuple[Tensor, Tensor, float]:
     """Return (the matrix with its singular values at most ``limit``, what was clipped off, its nuclear norm).
 
-    Only values above the limit are needed, and those the Gram matrix has to the last digits.
+    Only values above the limit are needed, and those the Gram matrix has to the last digits, unless the limit is tiny.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     squares, left = torch.linalg.eigh(wide @ wide.T)
     sizes = squares.clamp_min(0.0).sqrt()
+    if limit < _TINY * float(sizes[-1]):
+        left, sizes, _ = torch.linalg.svd(wide, full_matrices=False)
     above = sizes > limit
     left, sizes = left[:, above], sizes[above]
     off = (left * (1.0 - limit / sizes)) @ (left.T @ wide)
