@@ -119,7 +119,7 @@ def store(
     small = sum(value.numel() for value in wanted.values()) <= _REPAIRED
     current, factor, spent = dict(wanted), 1.0, 0
     best: Stored | None = None
-    margin, loose = 1e-9, False
+    margin, loose = _first_margin(problem, writer, types), False
     for attempt in range(_TRIES):
         scaled = {name: value * factor for name, value in current.items()}
         if half is not None and small:
@@ -174,6 +174,14 @@ def _measured(
         found, cost = worst_ratio(problem.constraints, load, seed=seed)
         ratio, spent = max(ratio, found), spent + cost
     return edits, ratio * (1.0 + _margin(problem, writer, edits)), spent
+
+
+def _first_margin(problem: Problem, writer: Writer, types: Types) -> float:
+    """Return how far below the limit the second attempt aims: further where roundings to a half type are multiplied."""
+    made = [weight for name in problem.names if (weight := writer.derived(name)) is not None]
+    kinds = [types(key) for weight in made for key in weight.sources]
+    rounding = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=0.0)
+    return rounding / _SUMS if rounding > _COARSE else 1e-9
 
 
 def _margin(problem: Problem, writer: Writer, edits: Mapping[str, Tensor]) -> float:

@@ -30,6 +30,10 @@ _CANCELLED = 100.0
 """How much more may be lost with the stored values, whose sums cancel."""
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class _Stored:
     shape: Shape
@@ -95,7 +99,8 @@ class Computed:
         for values, more in (({}, _CANCELLED), (other, 1.0)):
 
             def read(key: str, values: Mapping[str, Tensor] = values) -> Tensor:
-                return values[key] if key in values else self.read(key)
+                # In float64: in a half type the sums of stored values may cancel to nothing.
+                return values[key] if key in values else _wide(self.read(key))
 
             try:
                 program, formula = self.make(name, read), made.build(read)
