@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectool.api.calibration import read_inputs, tap_covariances
+from spectool.api.calibration import read_inputs
 from spectool.api.clip_run import ClipRun
+from spectool.api.covariances import tap_covariances
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.job import Selection, open_job, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
@@ -159,15 +160,15 @@ def clip(
         raise UsageError("only a file can be clipped here", hint="use spectool.clip_ for a live module")
     clip_options = ClipOptions(method, exact, all_sizes, seed, options.device)
     run = ClipRun(job, checkpoint, writer, options, clip_options, prove, progress)
-    if inputs is not None:
-        if job.found.survey.live is None:
-            raise UsageError(
-                "--calibrate runs the network, and this file has no program that may run",
-                hint="give --arch, or --trust for a pickled module",
-            )
-        progress(Step("calibrating"))
-        run.covariances = tap_covariances(job.found.survey.live, checkpoint, inputs)
+    if inputs is not None and job.found.survey.live is None:
+        raise UsageError(
+            "--calibrate runs the network, and this file has no program that may run",
+            hint="give --arch, or --trust for a pickled module",
+        )
     entries = [run.measure(index, item, bounds, kinds) for index, item in enumerate(job.items)]
+    if inputs is not None and job.found.survey.live is not None:
+        progress(Step("calibrating"))
+        run.covariances = tap_covariances(job.found.survey.live, checkpoint, inputs, run.wanted(entries))
     run.clip(entries)
     if recenter != "none" and run.edits:
         run.recentre(entries, inputs, biases=recenter == "bias")
