@@ -27,6 +27,7 @@ from torch import Tensor
 
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
+from spectool.linear.memory import enough_memory
 from spectool.spectrum.levels import EPS
 from spectool.spectrum.stencil import grouped
 from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
@@ -58,6 +59,7 @@ class Enclosure:
     tight: bool
 
 
+@enough_memory()
 def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     """Return σ₁ of a convolution on the infinite grid: k = 1, enclosed.
 
