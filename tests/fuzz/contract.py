@@ -25,7 +25,7 @@ from .guard import Guard
 SPARE_BYTES = 10**9
 #: Vectors of the largest operator that computing may hold.
 _VECTORS = 40
-#: CPU seconds of one command past which it counts as hung (an honest sample takes less than one).
+#: CPU seconds of one command past which it is too slow (an honest sample takes one), and again per MB of file.
 SLOW_SECONDS = 30.0
 #: Address space over what the process starts with; keeps a runaway from taking the machine down.
 _CEILING = 6 * 2**30
@@ -146,7 +146,7 @@ class Bench:
             found,
             _streams_finding(command, code, *texts, options),
             _memory_finding(command, before, size + _declared(texts[0])),
-            _time_finding(command, time.process_time() - began),
+            _time_finding(command, time.process_time() - began, size),
         ):
             if finding is not None:
                 outcome.findings.append(finding)
@@ -245,8 +245,9 @@ def _memory_finding(command: str, before: int, size: int) -> Finding | None:
     return None
 
 
-def _time_finding(command: str, seconds: float) -> Finding | None:
-    return Finding("slow", command, f"{seconds:.0f} s of CPU") if seconds > SLOW_SECONDS else None
+def _time_finding(command: str, seconds: float, size: int) -> Finding | None:
+    limit = SLOW_SECONDS * (1 + size / 2**20)
+    return Finding("slow", command, f"{seconds:.0f} s of CPU") if seconds > limit else None
 
 
 def _status(field: str) -> int:

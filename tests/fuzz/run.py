@@ -7,6 +7,7 @@ import os
 import random
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,11 @@ from typing import Any
 from .corpus import ROOT, corpus
 from .mutate import mutant, steps_of
 
-#: Wall seconds after which a mutant counts as hung; the machine may be busy.
-HANG_SECONDS = 120.0
+#: CPU seconds after which a mutant counts as hung, and those that every MB of it adds.
+HANG_SECONDS = 60.0
+_PER_MEGABYTE = 30.0
+#: Wall seconds: for one that waits and computes nothing. The machine may be busy.
+_WALL_SECONDS = 900.0
 #: Inputs after which a worker is replaced, so that what one leaves behind does not add up.
 _LIFE = 3000
 
@@ -29,8 +33,7 @@ _LIFE = 3000
 class Worker:
     """A process that is started again when it dies or hangs."""
 
-    def __init__(self, seconds: float = HANG_SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._done = 0
@@ -44,13 +47,23 @@ class Worker:
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        process.stdin.write(json.dumps({**request, "seconds": self._seconds}).encode() + b"\n")
+        process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        answer = self._line(self._seconds)
+        limit = HANG_SECONDS
+        answer = self._line(limit)
+        if answer is None and process.poll() is None:
+            # Most mutants are as large as their file; only for one that takes long it matters how large it is.
+            more = (
+                _PER_MEGABYTE * mutant(request["name"], request["seed"], request.get("only")).case.size / 1e6
+            )
+            limit, answer = limit + more, self._line(more)
         if answer is not None:
             return answer
         code = process.poll()
         kind = "hang" if code is None else "died"
+        if kind == "hang":
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(2)
         process.kill()
         process.wait()
         trace = (self._folder / "trace").read_text(errors="replace")[-6000:] if self._folder else ""
@@ -59,10 +72,10 @@ class Worker:
         where = (
             frames[0].partition("/spectool/")[2].replace('", line ', ":").partition(" ")[0] if frames else ""
         )
-        text = f"no answer after {self._seconds:.0f} s" if kind == "hang" else f"exit status {code}"
+        text = f"no answer after {limit:.0f} s of CPU" if kind == "hang" else f"exit status {code}"
         found = {"kind": kind, "command": "", "text": text, "place": where, "trace": trace}
         found["signature"] = f"{kind}: {where}"
-        return {"codes": {}, "findings": [found], "seconds": self._seconds, "steps": [], "size": 0}
+        return {"codes": {}, "findings": [found], "seconds": limit, "steps": [], "size": 0}
 
     def close(self) -> None:
         """End the process and remove its folder."""
@@ -93,13 +106,20 @@ class Worker:
             raise RuntimeError(f"the worker does not start: {' '.join(command)}")
 
     def _line(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next answer; None if the process ends or does not answer in time."""
+        """Return the next answer; None if the process ends or does not answer within some seconds of its CPU."""
         assert self._process is not None
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            return None
+        spent, until = _cpu_seconds(self._process.pid), time.monotonic() + _WALL_SECONDS
+        while not select.select([self._process.stdout], [], [], 2)[0]:
+            if _cpu_seconds(self._process.pid) - spent > seconds or time.monotonic() > until:
+                return None
         line = self._process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
+
+
+def _cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass

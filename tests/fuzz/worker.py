@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +24,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     trace = (folder / "trace").open("w")
     faulthandler.enable(trace)
+    faulthandler.register(signal.SIGUSR1, trace)  # whoever finds this process hung asks where it is
     import torch
 
     torch.set_num_threads(1)
@@ -32,12 +33,8 @@ def main() -> None:
     answers.flush()
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        with contextlib.suppress(OSError):
-            trace.truncate(0)
-        faulthandler.dump_traceback_later(request["seconds"] * 0.9, file=trace)
         made = mutant(request["name"], request["seed"], request.get("only"))
         outcome = bench.run(made.case, request["compute"], request["clip"], request["shell"])
-        faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps({**outcome.plain(), "steps": made.steps, "size": made.case.size}) + "\n")
         answers.flush()
 
