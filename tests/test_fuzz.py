@@ -22,11 +22,13 @@ from fuzz.run import Worker, minimise, plan
 from onnx import helper
 from safetensors.torch import save_file
 
-from spectool import inspect
+from spectool import clip, inspect
 from spectool.checkpoint import open_checkpoint
 from spectool.cli.ls import ls
-from spectool.errors import CheckpointError, CorruptFile, GraphError
+from spectool.errors import CheckpointError, CorruptFile, GraphError, OperatorError
 from spectool.graph import survey
+from spectool.linear import ConvGeometry, ConvMap, InfiniteConv, MatrixMap
+from spectool.spectrum import supremum, svds
 
 SAMPLES = sorted(corpus(real=False))
 SEEDS = range(10)
@@ -244,3 +246,56 @@ def test_listing_a_recurrent_matrix_without_columns(tmp_path: Path) -> None:
     tensors = {"rnn.weight_ih_l0": torch.zeros(4, 3), "rnn.weight_hh_l0": torch.zeros(4, 0)}
     save_file(tensors, tmp_path / "net.safetensors")
     assert ls(tmp_path / "net.safetensors", format="json", quiet=True) == 0
+
+
+TYPES = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_weights_of_types_that_torch_cannot_reduce(dtype: torch.dtype) -> None:
+    """8-bit floats ended in NotImplementedError, and |-128| is -128 in int8."""
+    stored = torch.tensor([[3.0, 1.0, 0.0], [2.0, 5.0, 1.0]]).to(dtype)
+    if dtype == torch.int8:
+        stored = torch.tensor([[-128, 0, 0], [0, -128, 0]], dtype=dtype)  # was certified as zero
+    truth = np.linalg.svd(stored.double().numpy(), compute_uv=False)
+    kernel = stored.reshape(2, 3, 1, 1)
+    plain = ConvGeometry.plain(2)
+    found = [
+        svds(MatrixMap(stored), 1),
+        svds(MatrixMap(stored), 1, method="lanczos"),
+        svds(ConvMap(kernel, (3, 4, 4), plain), 1),
+        supremum(InfiniteConv(kernel, plain)),
+    ]
+    for spectrum in found:
+        assert spectrum.lower[0] <= truth[0] <= spectrum.upper[0]
+        assert spectrum.values[0] == pytest.approx(truth[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_file_of_8_bit_floats_is_analysed_and_clipped(tmp_path: Path, dtype: torch.dtype) -> None:
+    linear = torch.from_numpy(om.weights(6, 4)).to(dtype)
+    broken = linear.clone()
+    broken[1, 2] = torch.nan
+    save_file({"a.weight": linear, "b.weight": broken}, tmp_path / "net.safetensors")
+    fine, bad = inspect(tmp_path / "net.safetensors", k=1).rows
+    truth = np.linalg.svd(linear.double().numpy(), compute_uv=False)[0]
+    assert fine.sigma[0] == pytest.approx(truth, rel=1e-6)
+    assert bad.status == "failed"
+    assert "1 NaN or infinite values of 24" in bad.note
+    clip(tmp_path / "net.safetensors", max=1.0, out=tmp_path / "out.safetensors")
+    written = open_checkpoint(tmp_path / "out.safetensors").read("a.weight")
+    assert written.dtype == dtype
+    assert np.linalg.svd(written.double().numpy(), compute_uv=False)[0] <= 1.0
+
+
+def test_complex_kernels_are_refused_at_any_size() -> None:
+    with pytest.raises(OperatorError, match="complex"):
+        supremum(InfiniteConv(torch.ones(1, 1, 1, 1, dtype=torch.complex64), ConvGeometry.plain(2)))

@@ -28,6 +28,7 @@ from torch import Tensor
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
 from spectool.linear.memory import enough_memory
+from spectool.linear.scaling import check_real, count_not_finite, largest
 from spectool.spectrum.levels import EPS
 from spectool.spectrum.stencil import grouped
 from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
@@ -74,7 +75,7 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
 
     Raises:
         UsageError: If ``tol`` is not between 0 and 1.
-        OperatorError: If weights are NaN or infinite.
+        OperatorError: If weights are NaN, infinite or complex.
 
     Example:
         >>> found = supremum(InfiniteConv(torch.tensor([[[1.0, -1.0]]]), ConvGeometry.plain(1)))
@@ -83,7 +84,8 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     """
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise UsageError(f"tol must be between 0 and 1, got {tol!r}")
-    bad = int((~torch.isfinite(conv.weight)).sum())
+    check_real(conv.weight)
+    bad = count_not_finite(conv.weight)
     if bad:
         raise OperatorError(f"{bad} of {conv.weight.numel()} weights are NaN or infinite")
     found = enclose_supremum(conv.weight, conv.geometry, tol=tol)
@@ -128,7 +130,7 @@ def enclose_supremum(
     Stride and dilation are first divided by their greatest common divisor; what dilation then remains only
     reorders positions. The symbol is that of the conv even if ``geometry`` is transposed.
     """
-    scale = float(weight.detach().abs().max()) if weight.numel() else 0.0
+    scale = largest(weight)
     if scale == 0.0:
         return Enclosure(0.0, 0.0, 0.0, 0, True)
     stride = [s // gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True)]
