@@ -31,7 +31,7 @@ from spectool.linear import ConvGeometry, ConvMap, InfiniteConv, MatrixMap
 from spectool.spectrum import supremum, svds
 
 SAMPLES = sorted(corpus(real=False))
-SEEDS = range(10)
+SEEDS = range(30)
 
 
 # --- the share --------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_shard_name_that_no_file_can_have(tmp_path: Path) -> None:
     for name in ("x" * 5000 + ".safetensors", "a\0b", "\ud800"):
         index = {"weight_map": {"w": name}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(CheckpointError, match="is missing"):
+        with pytest.raises(CheckpointError, match=r"is missing|is not valid JSON"):
             open_checkpoint(tmp_path)
 
 

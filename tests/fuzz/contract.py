@@ -77,7 +77,9 @@ class Bench:
         soft = _status("VmSize") + _CEILING
         resource.setrlimit(resource.RLIMIT_AS, (soft, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
-    def run(self, case: Case, compute: bool = True, clip: str = "", shell: bool = False) -> Outcome:
+    def run(
+        self, case: Case, compute: bool = True, clip: str = "", shell: bool = False, form: str = "json"
+    ) -> Outcome:
         """Run the commands on one input.
 
         Args:
@@ -85,6 +87,7 @@ class Bench:
             compute: Whether ``inspect`` computes; else it lists.
             clip: ``-n`` or ``-o`` to clip as well.
             shell: Whether to go through the command line's own parser.
+            form: Format of what is printed.
         """
         for folder in (self._in, self._out):
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +110,7 @@ class Bench:
             kinds = {"kinds": ["linear"]} if case.size > 20_000 else {}
             commands.append(("clip", {**quick, **kinds, **way}))
         for command, options in commands:
+            options["format"] = form
             if shape and command != "ls":
                 options["inputs"] = ["x".join(map(str, shape))]
             code = self._one(command, path, options, case.size, shell, outcome)
@@ -115,7 +119,7 @@ class Bench:
                 break
         if clip == "-o" and outcome.codes.get("clip") in (0, 4, 5):
             again = self._out / "clipped"
-            code = self._one("ls", again, {}, case.size, False, outcome)
+            code = self._one("ls", again, {"format": form}, case.size, False, outcome)
             if code != 0:
                 outcome.findings.append(
                     Finding("readback", "clip", f"what was written is refused with {code}")
@@ -163,7 +167,7 @@ def _by_function(command: str, path: Path, options: dict[str, Any]) -> int:
     if command != "ls":
         options = {**options, "no_progress": True}
     try:
-        return functions[command](path, format="json", **options)
+        return functions[command](path, **options)
     except SpectoolError as error:
         if error.exit_code != 2:
             raise
@@ -178,8 +182,9 @@ def _by_shell(command: str, path: Path, options: dict[str, Any]) -> int:
     flags = {
         "list_only": "--list", "top_k": "-k", "max_matvecs": "--max-matvecs", "dry_run": "-n", "output": "-o",
         "force": "--force", "limits": "--max", "inputs": "--input", "method": "--method", "kinds": "--kind",
+        "format": "--format",
     }  # fmt: skip
-    arguments = [command, str(path), "--debug", "--format", "table" if len(path.name) % 2 else "json"]
+    arguments = [command, str(path), "--debug"]
     for name, value in options.items():
         for item in value if isinstance(value, list) else [value]:
             arguments += [flags[name]] if item is True else [flags[name], str(item)]
@@ -207,9 +212,10 @@ def _streams_finding(command: str, code: int, out: str, err: str, options: dict[
         return Finding("exit", command, f"code {code}: {last[:300]}", where, err[-6000:])
     if code == 2 and out.strip():
         return Finding("exit", command, f"refused, but wrote {out[:100]!r}")
-    if code == 0 and out.startswith("{"):
+    if code == 0 and options["format"].startswith("json"):
         try:
-            json.loads(out, parse_constant=_no_constant)
+            for text in [out] if options["format"] == "json" else out.splitlines():
+                json.loads(text, parse_constant=_no_constant)
         except ValueError as error:
             return Finding("output", command, f"no JSON: {error}")
     return None

@@ -19,7 +19,7 @@ from .zips import members, mutate_zip
 _MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _MOST_BYTES = 64 << 20
 #: What taking apart the result of an earlier step can raise.
-BROKEN = (ValueError, TypeError, LookupError, OSError, EOFError, RecursionError, zlib.error)
+BROKEN = (ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, RecursionError, zlib.error)
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def plan(name: str, seed: int) -> dict[str, Any]:
         "compute": rng.random() < compute,
         "clip": rng.choice(("-n", "-o")) if rng.random() < compute / 5 else "",
         "shell": rng.random() < 0.06,
+        "format": rng.choice(("json",) * 8 + ("jsonl", "csv", "tsv", "md", "table", "xlsx")),
     }
 
 

@@ -34,7 +34,9 @@ def main() -> None:
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         made = mutant(request["name"], request["seed"], request.get("only"))
-        outcome = bench.run(made.case, request["compute"], request["clip"], request["shell"])
+        outcome = bench.run(
+            made.case, request["compute"], request["clip"], request["shell"], request["format"]
+        )
         answers.write(json.dumps({**outcome.plain(), "steps": made.steps, "size": made.case.size}) + "\n")
         answers.flush()
 
