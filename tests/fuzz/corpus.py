@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
+import random
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +64,7 @@ def _samples() -> Iterator[Case]:
             yield Case(path.name, files, "")
             # As a Hugging Face folder: with a configuration that nothing here knows, so that it is not used.
             yield Case(path.name + "_hf", {**files, "config.json": _CONFIG}, "")
+    yield _llama()
 
 
 def _real() -> Iterator[Case]:
@@ -71,3 +76,32 @@ def _real() -> Iterator[Case]:
 _CONFIG = (
     b'{"model_type": "digits_mlp", "architectures": ["DigitsMLP"], "hidden_size": 48, "dtype": "float32"}'
 )
+_LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 16,
+    "max_position_embeddings": 32, "tie_word_embeddings": False, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+    "attention_bias": False, "auto_map": {"AutoModel": "modeling.Model"}, "use_cache": True,
+}  # fmt: skip
+
+
+def _llama() -> Case:
+    """A folder whose configuration describes its tensors, so that an architecture is built from it."""
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8),
+        f"{layer}self_attn.q_proj.weight": (8, 8), f"{layer}self_attn.k_proj.weight": (4, 8),
+        f"{layer}self_attn.v_proj.weight": (4, 8), f"{layer}self_attn.o_proj.weight": (8, 8),
+        f"{layer}mlp.gate_proj.weight": (12, 8), f"{layer}mlp.up_proj.weight": (12, 8),
+        f"{layer}mlp.down_proj.weight": (8, 12), f"{layer}input_layernorm.weight": (8,),
+        f"{layer}post_attention_layernorm.weight": (8,),
+    }  # fmt: skip
+    header, body, rng = {}, b"", random.Random(0)
+    for name, shape in shapes.items():
+        data = struct.pack(f"<{math.prod(shape)}f", *(rng.gauss(0, 0.3) for _ in range(math.prod(shape))))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    weights = len(text).to_bytes(8, "little") + text + body
+    return Case(
+        "tiny_llama_hf", {"config.json": json.dumps(_LLAMA).encode(), "model.safetensors": weights}, ""
+    )

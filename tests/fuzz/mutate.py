@@ -70,7 +70,8 @@ def _family(case: Case) -> str:
 
 def _step(files: dict[str, bytes], rng: random.Random, donor: Case, target: str) -> str:
     names = sorted(files)
-    name = rng.choice([*names, *[target or names[-1]] * len(names)])
+    main = target or next((name for name in names if name.endswith(".json")), names[0])
+    name = rng.choice([*names, *[main] * len(names)])
     if name not in files:
         return "the file is gone already"
     if len(files) > 1 and rng.random() < 0.05:
