@@ -70,12 +70,19 @@ def test_choices_of_code_and_downloads_are_left_out() -> None:
 
 
 def test_only_models_are_called() -> None:
-    assert (
-        _model_class(transformers, ["Trainer", "pipeline", "AutoModel", 5, "os", "BertModel"]).__name__
-        == "BertModel"
-    )
-    assert _model_class(transformers, ["TrainingArguments"]) is None
-    assert _model_class(transformers, "BertModel") is None
+    for name in (
+        "Trainer",
+        "TrainingArguments",
+        "pipeline",
+        "AutoModel",
+        "PreTrainedModel",
+        "os",
+        "nothing",
+        5,
+        None,
+    ):
+        assert _model_class(transformers, name) is None
+    assert _model_class(transformers, "BertModel") is transformers.BertModel
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spectool.errors import UsageError
 
-#: Choices of code to run (implementations of attention, kernels, classes of the repository) and of a packing.
-_CODE = ("auto_map", "attn_implementation", "experts_implementation", "use_kernels", "quantization_config")
-#: Choices of weights to download; what is built here gets its weights from the file.
-_DOWNLOADS = ("use_pretrained_backbone", "pretrained", "pretrained_backbone")
+#: Entries that could make a library fetch or run something: code of the repository's own, kernels and weights from
+#: the hub, a packing. None of them changes what the layers are.
+_LEFT_OUT = re.compile(
+    r"_.*|auto_map|quantization_config|trust_remote_code|custom_pipelines|name_or_path|transformers_weights"
+    r"|.*(attn|experts)_implementation.*|.*kernel_config.*|use_kernels|.*_repo(_id)?|.*adapter_config"
+)
+#: Choices of weights to download, off rather than left out; what is built here gets its weights from the file.
+_DOWNLOADS = re.compile(r".*pretrained.*")
 #: Submodules of a model, and more for every tensor of its file (dropouts, activations, containers).
 _MODULES, _MODULES_PER_TENSOR = 2000, 20
 #: Entries of all tensors that are filled while a model is built (frequencies, masks; parameters are empty).
@@ -32,14 +37,14 @@ def harmless(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept: dict[str, Any] = {}
     for key, value in config.items():
-        if key in _CODE or key.startswith("_"):
+        if _LEFT_OUT.fullmatch(key):
             continue
         if key == "backbone" and isinstance(value, str) and not config.get("backbone_config"):
             raise UsageError(
                 f"its backbone {value!r} is not described in the file but on a server",
                 hint="give --arch, or a configuration with a backbone_config",
             )
-        kept[key] = False if key in _DOWNLOADS else _within(value)
+        kept[key] = False if _DOWNLOADS.fullmatch(key) else _within(value)
     return kept
 
 

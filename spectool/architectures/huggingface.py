@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TOKENS = 8
 
 
-def build_from_config(config: Mapping[str, Any], *, tensors: int = 100_000) -> torch.nn.Module:
+def build_from_config(config: Mapping[str, Any], tensors: int = 10_000) -> torch.nn.Module:
     """Return the transformers model of a configuration, in evaluation mode, on the meta device.
 
     Code that a repository ships beside its weights (``auto_map``) is never used, nothing is downloaded, and a model
@@ -46,7 +46,8 @@ def build_from_config(config: Mapping[str, Any], *, tensors: int = 100_000) -> t
         plain = {key: value for key, value in harmless(config).items() if key != "model_type"}
         with offline(), empty_parameters(), bounded(tensors):
             settings = transformers.AutoConfig.for_model(kind, **plain)
-            cls = _model_class(transformers, config.get("architectures"))
+            names = config.get("architectures") or []
+            cls = next(filter(None, (_model_class(transformers, name) for name in names)), None)
             module = cls(settings) if cls is not None else transformers.AutoModel.from_config(settings)
     except UsageError as error:
         raise UsageError(f"model_type {kind!r} is not built: {error}", hint=error.hint) from error
@@ -59,13 +60,11 @@ def build_from_config(config: Mapping[str, Any], *, tensors: int = 100_000) -> t
     return found
 
 
-def _model_class(transformers: Any, names: Any) -> Any:
-    """Return the first of some classes that is a model, None if none is; the library has many other names."""
-    for name in names if isinstance(names, list) else ():
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    return None
+def _model_class(transformers: Any, name: Any) -> Any:
+    """Return the model class of this name; None for everything else that the library calls its own."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    base = transformers.PreTrainedModel
+    return found if isinstance(found, type) and issubclass(found, base) and found is not base else None
 
 
 def input_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
