@@ -78,14 +78,14 @@ class Bench:
         resource.setrlimit(resource.RLIMIT_AS, (soft, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def run(
-        self, case: Case, compute: bool = True, clip: str = "", shell: bool = False, form: str = "json"
+        self, case: Case, compute: bool = True, more: str = "", shell: bool = False, form: str = "json"
     ) -> Outcome:
         """Run the commands on one input.
 
         Args:
             case: What to read.
             compute: Whether ``inspect`` computes; else it lists.
-            clip: ``-n`` or ``-o`` to clip as well.
+            more: ``clip -n``, ``clip -o`` (what is written is listed, too) or ``check``.
             shell: Whether to go through the command line's own parser.
             form: Format of what is printed.
         """
@@ -96,19 +96,21 @@ class Bench:
             (self._in / name).write_bytes(data)
         from spectool.cli.options import ClipMethodName
 
-        path = self._in / case.target if case.target else self._in
+        path, out = self._in / case.target if case.target else self._in, self._out / "clipped"
         outcome = Outcome()
         began = time.process_time()
         shape = INPUTS.get(case.name)
         commands: list[tuple[str, dict[str, Any]]] = [("ls", {}), ("inspect", {"list_only": True})]
         if compute:
             commands.append(("inspect", {"top_k": 2, "max_matvecs": 24}))
-        if clip:
-            way = {"dry_run": True} if clip == "-n" else {"output": str(self._out / "clipped"), "force": True}
-            # The quickest method: the writer is under test here, not the solvers.
-            quick = {"limits": ["1.0"], "top_k": 1, "max_matvecs": 100, "method": ClipMethodName.scale}
+        if more:
             kinds = {"kinds": ["linear"]} if case.size > 20_000 else {}
-            commands.append(("clip", {**quick, **kinds, **way}))
+            options = {"limits": ["1.0"], "max_matvecs": 100, **kinds}
+            if more.startswith("clip"):
+                # The quickest method: the writer is under test here, not the solvers.
+                options |= {"method": ClipMethodName.scale, "top_k": 1}
+                options |= {"dry_run": True} if more == "clip -n" else {"output": str(out), "force": True}
+            commands.append((more.split()[0], options))
         for command, options in commands:
             options["format"] = form
             if shape and command != "ls":
@@ -117,9 +119,8 @@ class Bench:
             outcome.codes[command + ("-list" if "list_only" in options else "")] = code
             if command == "ls" and code != 0:
                 break
-        if clip == "-o" and outcome.codes.get("clip") in (0, 4, 5):
-            again = self._out / "clipped"
-            code = self._one("ls", again, {"format": form}, case.size, False, outcome)
+        if more == "clip -o" and outcome.codes.get("clip") in (0, 4, 5):
+            code = self._one("ls", out, {"format": form}, case.size, False, outcome)
             if code != 0:
                 outcome.findings.append(
                     Finding("readback", "clip", f"what was written is refused with {code}")
@@ -160,10 +161,12 @@ class Bench:
 
 def _by_function(command: str, path: Path, options: dict[str, Any]) -> int:
     """Call what the command line calls once it has parsed its arguments, which takes 15 ms."""
-    from spectool.cli import clip, inspect, ls
+    from spectool.cli import check, clip, inspect, ls
     from spectool.errors import SpectoolError
 
-    functions: dict[str, Callable[..., int]] = {"ls": ls.ls, "inspect": inspect.inspect, "clip": clip.clip}
+    functions: dict[str, Callable[..., int]] = {
+        "ls": ls.ls, "inspect": inspect.inspect, "clip": clip.clip, "check": check.check
+    }  # fmt: skip
     if command != "ls":
         options = {**options, "no_progress": True}
     try:
@@ -201,7 +204,7 @@ def _streams(out: io.TextIOWrapper, err: io.TextIOWrapper) -> Iterator[None]:
             err.flush()
 
 
-_ALLOWED = {"ls": (0, 2), "inspect": (0, 2), "clip": (0, 2, 4, 5)}
+_ALLOWED = {"ls": (0, 2), "inspect": (0, 2), "clip": (0, 2, 4, 5), "check": (0, 1, 2, 4, 5)}
 
 
 def _streams_finding(command: str, code: int, out: str, err: str, options: dict[str, Any]) -> Finding | None:

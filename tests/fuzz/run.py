@@ -153,7 +153,7 @@ def plan(name: str, seed: int) -> dict[str, Any]:
         "name": name,
         "seed": seed,
         "compute": rng.random() < compute,
-        "clip": rng.choice(("-n", "-o")) if rng.random() < compute / 5 else "",
+        "more": rng.choice(("clip -n", "clip -o", "clip -o", "check")) if rng.random() < compute / 4 else "",
         "shell": rng.random() < 0.06,
         "format": rng.choice(("json",) * 8 + ("jsonl", "csv", "tsv", "md", "table", "xlsx")),
     }

@@ -35,7 +35,7 @@ def main() -> None:
         request: dict[str, Any] = json.loads(line)
         made = mutant(request["name"], request["seed"], request.get("only"))
         outcome = bench.run(
-            made.case, request["compute"], request["clip"], request["shell"], request["format"]
+            made.case, request["compute"], request["more"], request["shell"], request["format"]
         )
         answers.write(json.dumps({**outcome.plain(), "steps": made.steps, "size": made.case.size}) + "\n")
         answers.flush()
