@@ -37,6 +37,9 @@ SEEDS = range(30)
 # --- the share --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="measures memory and CPU time as Linux tells them"
+)
 def test_mutants_of_every_sample_keep_the_promises() -> None:
     worker = Worker()
     broken, seen = [], set()
