@@ -13,6 +13,7 @@ import torch
 from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Region, Skipped
 from spectool.linear import InfiniteConv, MatrixMap
+from spectool.linear.scaling import count_not_finite
 from spectool.lower import chain_parts, lower, without_epsilon
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Row, parts_text
@@ -220,10 +221,9 @@ def _not_finite(item: Region, load: Load) -> str:
     """Return which tensor of the linear part holds NaN or infinity, and how many; empty if none does."""
     for name in _linear_tensors(item):
         tensor = load(name)
-        if tensor.is_floating_point():
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            if bad:
-                return f"{name} holds {bad} NaN or infinite values of {tensor.numel()}"
+        bad = 0 if tensor.is_complex() else count_not_finite(tensor)
+        if bad:
+            return f"{name} holds {bad} NaN or infinite values of {tensor.numel()}"
     return ""
 
 

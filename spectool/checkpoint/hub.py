@@ -9,6 +9,7 @@ from typing import Any
 
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.neighbours import is_there
 from spectool.checkpoint.read import ShardReader
 from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.types import Checkpoint, TensorRef
@@ -62,7 +63,7 @@ def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | 
             raise CorruptFile(
                 f"{path}: the shard name {file!r} leaves the folder", hint="put all shards beside it"
             )
-        if not (path.parent / file).exists():
+        if not is_there(path.parent / file):
             raise CheckpointError(
                 f"{path}: shard {file!r} is missing", hint="download all shards into one folder"
             )

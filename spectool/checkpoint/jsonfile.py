@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from spectool.errors import CorruptFile
+
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -16,7 +19,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         what: File and part, for messages.
 
     Raises:
-        CorruptFile: If it is no JSON object or has a key twice.
+        CorruptFile: If it is no JSON object, has a key twice or text that is no Unicode.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -28,7 +31,11 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         return entries
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique)
+        if _HALF_CHARACTER.search(text):
+            # Half of a surrogate pair is no character: such a name could be neither printed nor compared.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{what} is not valid JSON ({error})", hint="copy or download it again") from error
     if not isinstance(value, dict):

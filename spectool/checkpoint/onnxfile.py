@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, ONNX, ONNX_BITS, STORED_AS
 from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.neighbours import is_there, lies_in
 from spectool.checkpoint.read import Reader, find_aliases, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _EXTERNAL = 1
+_TENSOR = 4
 _GRAPH = 5
 _GRAPHS = 10
 _OPSETS_SINCE = 3
@@ -183,7 +185,51 @@ def _parse(source: Source) -> Any:
             f"{source.path}: the ONNX model does not say which operator set it uses",
             hint="the file was cut short: copy or download it again",
         )
+    _check_texts(source.path, model)
     return model
+
+
+def _check_texts(path: Path, model: Any) -> None:
+    """Refuse texts that are no UTF-8: protobuf hands them out as bytes, which nothing that follows expects.
+
+    Raises:
+        CorruptFile: Naming the first of them.
+    """
+    for text in _texts(model):
+        if isinstance(text, bytes):
+            raise CorruptFile(
+                f"{path}: the ONNX model has a name that is no UTF-8 text ({text[:40]!r})",
+                hint="copy or download it again",
+            )
+
+
+def _texts(model: Any) -> Iterator[Any]:
+    """Yield every text of a model that is more than a comment."""
+    yield model.producer_name
+    for entry in model.opset_import:
+        yield entry.domain
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for function in model.functions:
+        yield from (function.name, function.domain, *function.input, *function.output, *function.attribute)
+    for _, graph, _ in _graphs(model):
+        whole = hasattr(graph, "initializer")  # else a function's body
+        tensors = (
+            [*graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)] if whole else []
+        )
+        for node in graph.node:
+            yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+            for attribute in node.attribute:
+                yield from (attribute.name, attribute.ref_attr_name)
+                if attribute.type == _TENSOR:
+                    tensors.append(attribute.t)
+        for tensor in tensors:
+            yield tensor.name
+            for entry in tensor.external_data:
+                yield from (entry.key, entry.value)
+        for value in (*graph.input, *graph.output, *graph.value_info) if whole else ():
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
 
 
 def _add_tensor(contents: _Contents, key: str, proto: Any) -> None:
@@ -243,14 +289,13 @@ def _external(contents: _Contents, key: str, proto: Any) -> tuple[Path, int, int
     unsafe = (
         not parts or ".." in parts or location.startswith(("/", "\\")) or windows.drive or "\0" in location
     )
-    folder = path.parent.resolve()
     file = path.parent.joinpath(*parts) if not unsafe else path
-    if unsafe or not file.resolve().is_relative_to(folder):
+    if unsafe or not lies_in(file, path.parent):
         raise CorruptFile(
             f"{path}: external data of tensor {key!r} lies outside the model's folder ({location!r})",
             hint="put the data file beside the model and save the model again",
         )
-    if not file.exists():
+    if not is_there(file):
         raise CheckpointError(
             f"{path}: external data file {location!r} is missing", hint="copy it into the model's folder"
         )

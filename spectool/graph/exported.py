@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ _TYPES = {
     30: "float8_e5m2",
 }  # fmt: skip
 _PREFIX = "torch.ops."
+#: What values of a wrong kind, missing names and sizes that make no sense turn into.
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def survey_exported(checkpoint: Checkpoint, document: Mapping[str, Any]) -> Survey:
@@ -37,14 +40,16 @@ def survey_exported(checkpoint: Checkpoint, document: Mapping[str, Any]) -> Surv
     """
     try:
         graph, walls = _graph(document)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        missing = [name for name in graph.constants if name not in checkpoint.tensors]
+        notes = [f"{len(missing)} constants of the program are not stored: {missing[0]}"] if missing else []
+        # A call may have arguments that its operation cannot have: that shows where it is translated.
+        found = survey_recorded(graph, {}, checkpoint.read, walls=walls, source="exported", notes=notes)
+    except _MALFORMED as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise GraphError(
-            f"{checkpoint.path}: its graph does not follow torch.export's schema ({type(error).__name__}: {error})",
+            f"{checkpoint.path}: its graph does not follow torch.export's schema ({reason})",
             hint="export it again with a newer torch",
         ) from error
-    missing = [name for name in graph.constants if name not in checkpoint.tensors]
-    notes = [f"{len(missing)} constants of the program are not stored: {missing[0]}"] if missing else []
-    found = survey_recorded(graph, {}, checkpoint.read, walls=walls, source="exported", notes=notes)
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     return replace(found, notes=(*found.notes, *unused(found, shapes, {})))
 
@@ -157,16 +162,18 @@ class _Unknown:
 
 
 _UNKNOWN = _Unknown()
-_PLAIN = frozenset(
-    {f"as_{kind}{plural}" for kind in ("int", "float", "string", "bool") for plural in ("", "s")}
-    | {"as_int_lists", "as_float_lists"}
-)
+#: Kind of a plain argument → what it may be made of. JSON has no infinity: torch writes it as a text.
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "as_int": (int,), "as_float": (float, int), "as_string": (str,), "as_bool": (bool,),
+}  # fmt: skip
+_INFINITE = {"Infinity": inf, "-Infinity": -inf, "NaN": nan}
 
 
 def _argument(argument: Mapping[str, Any], tensor: Any) -> Any:
     ((kind, content),) = argument.items()
-    if kind in _PLAIN:
-        return content
+    stem, depth = _stem(kind)
+    if stem in _PLAIN:
+        return _plain(content, stem, depth)
     if kind == "as_none":
         return None
     if kind == "as_tensor":
@@ -190,6 +197,30 @@ def _argument(argument: Mapping[str, Any], tensor: Any) -> Any:
         sizes = [_sym_int(entry) for entry in content]
         return _UNKNOWN if _UNKNOWN in sizes else sizes
     return _UNKNOWN
+
+
+def _stem(kind: str) -> tuple[str, int]:
+    """Return what a kind of argument is a list of, and how many levels of lists: ``as_int_lists`` is two."""
+    if kind.endswith("_lists"):
+        return kind.removesuffix("_lists"), 2
+    return (kind[:-1], 1) if kind.endswith("s") else (kind, 0)
+
+
+def _plain(content: Any, stem: str, depth: int) -> Any:
+    """Return a number, text or truth value, or a list of them, as it stands in the document.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if depth:
+        if not isinstance(content, list):
+            raise TypeError(f"{stem}s is a {type(content).__name__}")
+        return [_plain(entry, stem, depth - 1) for entry in content]
+    if stem == "as_float" and isinstance(content, str):
+        return _INFINITE[content]
+    if type(content) not in _PLAIN[stem]:
+        raise TypeError(f"{stem} is a {type(content).__name__}")
+    return content
 
 
 def _sym_int(content: Mapping[str, Any]) -> Any:

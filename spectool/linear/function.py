@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from spectool.errors import OperatorError
+from spectool.linear.memory import check_entries
 from spectool.linear.scaling import to_double
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +48,7 @@ class FunctionMap:
         remake: Makes the function for another type and device; without it ``to`` returns the map itself.
 
     Raises:
-        OperatorError: If the function fails on a zero input or does not keep the batch axis.
+        OperatorError: If the function fails on a zero input, does not keep the batch axis, or is very large.
 
     Example:
         >>> A = FunctionMap(lambda x: 2 * x.flip(1) + 1e6, (3,))
@@ -67,6 +68,7 @@ class FunctionMap:
         self.function, self.remake = function, remake
         self.dtype, self.device = dtype, torch.device(device)
         self.in_shape = tuple(int(n) for n in in_shape)
+        check_entries("an input", self.in_shape)
         self._frozen = _freeze(function)
         self._forward: dict[int, tuple[Push, int]] = {}  # batch size → forward, times used
         self._backward: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -56,6 +56,16 @@ def all_finite(weight: torch.Tensor) -> bool:
     return all(math.isfinite(value) for value in _extremes(weight))
 
 
+def count_not_finite(weight: torch.Tensor) -> int:
+    """Return how many entries are NaN or infinite."""
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return 0
+    if weight.dtype in _REDUCIBLE or weight.is_complex():
+        return weight.numel() - int(torch.isfinite(weight).sum())
+    # 8-bit floats cannot be tested as they are.
+    return sum(chunk.numel() - int(torch.isfinite(chunk).sum()) for chunk in chunks(weight))
+
+
 def largest(weight: torch.Tensor) -> float:
     """Return max |w|; 0 for an empty tensor, NaN or inf if there is one in it; one pass, no copy."""
     low, high = _extremes(weight)

@@ -20,6 +20,7 @@ from spectool.linear import (
     LinearMap,
     MatrixMap,
 )
+from spectool.linear.memory import check_entries, enough_memory
 from spectool.lower.replay import Load, constant_names, remake_region, run
 from spectool.lower.separable import may_separate, separable_map
 from spectool.lower.structure import is_neutral, is_structural, zero_padding
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@enough_memory()
 def lower(
     region: Region,
     load: Load,
@@ -51,8 +53,10 @@ def lower(
         The map, or an ``InfiniteConv`` for a convolution of unknown size.
 
     Raises:
-        OperatorError: If no rule exists and the region cannot be replayed.
+        OperatorError: If no rule exists and the region cannot be replayed, or if it is too large.
     """
+    check_entries("an input", region.in_shape or ())
+    check_entries("an output", region.out_shape or ())
     closed = _closed_form(region, load, dtype, device)
     if closed is not None:
         return closed

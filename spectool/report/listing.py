@@ -108,7 +108,9 @@ def guess_kind(ref: TensorRef, tensors: Mapping[str, TensorRef]) -> str | None:
         hidden = tensors.get(
             f"{parent}.{own.replace('_ih_', '_hh_')}" if parent else own.replace("_ih_", "_hh_")
         )
-        return _GATES.get(hidden.shape[0] // hidden.shape[1]) if hidden and len(hidden.shape) == 2 else "rnn"
+        if hidden is None or len(hidden.shape) != 2 or hidden.shape[1] == 0:
+            return "rnn"
+        return _GATES.get(hidden.shape[0] // hidden.shape[1])
     if len(ref.shape) == 2:
         return "embedding" if _EMBEDDING.search(ref.name) else "linear"
     return f"conv{len(ref.shape) - 2}d" if len(ref.shape) <= 5 else None

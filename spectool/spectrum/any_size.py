@@ -27,6 +27,8 @@ from torch import Tensor
 
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
+from spectool.linear.memory import enough_memory
+from spectool.linear.scaling import check_real, count_not_finite, largest
 from spectool.spectrum.levels import EPS
 from spectool.spectrum.stencil import grouped
 from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
@@ -35,6 +37,7 @@ from spectool.spectrum.types import Spectrum
 _EFFORT = 1e11  # flops, a few seconds of one core
 _TEST_WORK, _VALUE_WORK = 6.0, 35.0  # flops per side³ of a Cholesky test and of eigenvalues, as measured
 _CHUNK_BYTES = 1 << 26
+_MOST_CELLS = 1 << 17  # that are cut at a time
 _FIRST_ANGLE = 0.5  # φ of a cell of the first grid where H is large; twice that where values are cheap
 _FEWEST = 2.5  # samples per turn of the fastest wave, at least
 
@@ -58,6 +61,7 @@ class Enclosure:
     tight: bool
 
 
+@enough_memory()
 def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     """Return σ₁ of a convolution on the infinite grid: k = 1, enclosed.
 
@@ -72,7 +76,7 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
 
     Raises:
         UsageError: If ``tol`` is not between 0 and 1.
-        OperatorError: If weights are NaN or infinite.
+        OperatorError: If weights are NaN, infinite or complex.
 
     Example:
         >>> found = supremum(InfiniteConv(torch.tensor([[[1.0, -1.0]]]), ConvGeometry.plain(1)))
@@ -81,7 +85,8 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     """
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise UsageError(f"tol must be between 0 and 1, got {tol!r}")
-    bad = int((~torch.isfinite(conv.weight)).sum())
+    check_real(conv.weight)
+    bad = count_not_finite(conv.weight)
     if bad:
         raise OperatorError(f"{bad} of {conv.weight.numel()} weights are NaN or infinite")
     found = enclose_supremum(conv.weight, conv.geometry, tol=tol)
@@ -126,7 +131,7 @@ def enclose_supremum(
     Stride and dilation are first divided by their greatest common divisor; what dilation then remains only
     reorders positions. The symbol is that of the conv even if ``geometry`` is transposed.
     """
-    scale = float(weight.detach().abs().max()) if weight.numel() else 0.0
+    scale = largest(weight)
     if scale == 0.0:
         return Enclosure(0.0, 0.0, 0.0, 0, True)
     stride = [s // gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True)]
@@ -220,6 +225,7 @@ def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
     angle = _FIRST_ANGLE if large else 2 * _FIRST_ANGLE
     counts = _first_grid(symbol.degree, angle, max(24.0, 0.7 * effort / work / symbol.groups))
     cells = _initial(symbol.groups, counts)
+    waiting: list[_Cells] = []
     settled, ceiling = 0.0, float((symbol.norms + symbol.rounding).max())
     while True:
         phi = cells.half @ degree * (1 + 4 * EPS)
@@ -234,10 +240,23 @@ def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
         if bool(good.any()):
             settled = max(settled, float(cells.bound[good].max()))
         cells = cells.take(~good)
-        if not len(cells.group) or state.work > effort or ceiling <= state.lower * (1 + tol):
+        if state.work > effort or ceiling <= state.lower * (1 + tol):
+            break
+        # Where the symbol is nearly flat no cell goes out early: then some at a time, or they fill gigabytes.
+        waiting.append(cells)
+        cells = cells.take(torch.arange(0))
+        while not len(cells.group) and waiting:
+            cells = waiting.pop()
+            good = cells.bound <= state.lower * (1 + tol)
+            settled = max([settled, *cells.bound[good].tolist()])
+            cells = cells.take(~good)
+            if len(cells.group) > _MOST_CELLS:
+                waiting.append(cells.take(torch.arange(_MOST_CELLS, len(cells.group))))
+                cells = cells.take(torch.arange(_MOST_CELLS))
+        if not len(cells.group):
             break
         cells = _halved(cells, degree)
-    open_ = float(cells.bound.max()) if len(cells.group) else 0.0
+    open_ = max((float(part.bound.max()) for part in (cells, *waiting) if len(part.group)), default=0.0)
     upper = min(max(settled, open_, state.lower), ceiling)
     best = max(state.best, state.lower)
     return Enclosure(state.lower, best, max(upper, best), state.evaluations, upper <= state.lower * (1 + tol))

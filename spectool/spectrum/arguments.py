@@ -10,6 +10,7 @@ import torch
 
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import LinearMap, all_finite, prescale
+from spectool.linear.scaling import count_not_finite, largest
 from spectool.progress import Progress
 from spectool.spectrum.types import Method
 
@@ -86,7 +87,7 @@ def check_finite(A: LinearMap) -> None:
     if all_finite(A):
         return
     tensors = list(_weights(A))
-    bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
+    bad = sum(map(count_not_finite, tensors))
     total = sum(tensor.numel() for tensor in tensors)
     if bad:
         raise OperatorError(f"{bad} of {total} weights are NaN or infinite")
@@ -105,7 +106,7 @@ def _weights(A: Any) -> Iterator[torch.Tensor]:
 
 def moderate(A: LinearMap) -> tuple[LinearMap, float]:
     """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range."""
-    peaks = [float(tensor.detach().abs().max()) for tensor in _weights(A) if tensor.numel()]
+    peaks = [largest(tensor) for tensor in _weights(A)]
     if all(peak == 0 or 1e-60 < peak < 1e60 for peak in peaks):
         return A, 1.0
     return prescale(A)

@@ -17,6 +17,7 @@ from spectool.linear import (
     frobenius,
     size,
 )
+from spectool.linear.memory import enough_memory
 from spectool.progress import Progress, silent
 from spectool.spectrum.arguments import Task, check_finite, moderate, validated
 from spectool.spectrum.cholesky import MOST_WORK
@@ -35,6 +36,7 @@ _SOLVERS: dict[str, Callable[..., Estimate]] = {"lanczos": lanczos, "power": pow
 _CERTIFIED_SIDE = 2048
 
 
+@enough_memory()
 def svds(
     A: LinearMap,
     k: int = 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ _GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 # What attributes of a wrong type, missing inputs and sizes that make no sense turn into.
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _BRANCHES = {"then_branch": "then.", "else_branch": "else."}
+_LARGEST_DENSE = 1 << 26
 _CONSTANT_VALUES = ("value", "value_float", "value_floats", "value_int", "value_ints", "sparse_value")
 
 
@@ -314,11 +316,21 @@ def _holds_weights(graph: GraphProto) -> bool:
 
 
 def _dense(sparse: Any) -> np.ndarray:
-    """Return a sparse tensor as an array."""
-    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
+    """Return a sparse tensor as an array.
+
+    Raises:
+        GraphError: If it contradicts itself, or would be very large.
+    """
+    try:
+        values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        count = prod(sparse.dims)
+        if count > _LARGEST_DENSE:
+            raise GraphError(f"the sparse tensor {sparse.values.name!r} would have {count} entries")
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if indices.ndim == 1:
+            dense.reshape(-1)[indices] = values
+        else:
+            dense[tuple(indices.T)] = values
+    except _MALFORMED as error:
+        raise GraphError(f"the sparse tensor {sparse.values.name!r} is malformed ({error})") from error
     return dense

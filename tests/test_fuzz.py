@@ -1,0 +1,304 @@
+"""A fixed share of the fuzzer's mutants, the fuzzer itself, and inputs that it once broke a promise with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_models as om
+import pytest
+import torch
+from fuzz.corpus import ROOT, corpus
+from fuzz.guard import Guard
+from fuzz.mutate import mutant, steps_of
+from fuzz.run import Worker, minimise, plan
+from onnx import helper
+from safetensors.torch import save_file
+
+from spectool import clip, inspect
+from spectool.checkpoint import open_checkpoint
+from spectool.cli.ls import ls
+from spectool.errors import CheckpointError, CorruptFile, GraphError, OperatorError
+from spectool.graph import survey
+from spectool.linear import ConvGeometry, ConvMap, InfiniteConv, MatrixMap
+from spectool.spectrum import supremum, svds
+
+SAMPLES = sorted(corpus(real=False))
+SEEDS = range(30)
+
+
+# --- the share --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="measures memory and CPU time as Linux tells them"
+)
+def test_mutants_of_every_sample_keep_the_promises() -> None:
+    worker = Worker()
+    broken, seen = [], set()
+    try:
+        for seed in SEEDS:
+            for name in SAMPLES:
+                answer = worker.ask(plan(name, seed))
+                seen |= {f"{command}={code}" for command, code in answer["codes"].items()}
+                broken += [(name, seed, found["signature"], found["text"]) for found in answer["findings"]]
+    finally:
+        worker.close()
+    assert broken == []
+    assert seen >= {"ls=0", "ls=2", "inspect-list=0", "inspect=0", "clip=0"}
+
+
+# --- the fuzzer -------------------------------------------------------------------------------------------
+
+
+def test_a_seed_means_the_same_every_time() -> None:
+    for name in SAMPLES:
+        first, again = mutant(name, 7), mutant(name, 7)
+        assert first == again
+        assert first.case.files != mutant(name, 8).case.files or first.steps == ("nothing to change",)
+
+
+def test_mutants_get_past_the_first_checks() -> None:
+    """Damage that is put right around: sums of zip records, lengths of headers and messages."""
+    read = {"digits_cnn_state.pt": 0, "digits_cnn.safetensors": 0, "digits_cnn.onnx": 0}
+    for name in read:
+        for seed in range(100, 140):
+            data = mutant(name, seed, [0]).case.files[name]
+            try:
+                if name.endswith(".pt"):
+                    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                        read[name] += archive.testzip() is None
+                elif name.endswith(".onnx"):
+                    onnx.ModelProto().ParseFromString(data)
+                    read[name] += 1
+                else:
+                    json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                    read[name] += 1
+            except Exception:
+                continue
+    assert min(read.values()) >= 20, read
+
+
+def test_leaving_out_a_step_keeps_the_others() -> None:
+    name = "digits_mlp.onnx"
+    seed = next(seed for seed in range(100) if steps_of(name, seed) == 2)
+    whole, first = mutant(name, seed), mutant(name, seed, [0])
+    assert whole.steps[:1] == first.steps
+    assert len(whole.steps) == 2
+    assert mutant(name, seed, []).case == corpus()[name]
+
+
+class _Stub(Worker):
+    """Finds fault with every mutant whose third step is among those taken."""
+
+    def ask(self, request: dict[str, object]) -> dict[str, object]:
+        only = request["only"]
+        assert isinstance(only, list)
+        return {"findings": [{"signature": "x"}] if 2 in only else []}
+
+
+def test_a_finding_is_reduced_to_the_step_that_matters() -> None:
+    name = "digits_mlp.onnx"
+    seed = next(seed for seed in range(100) if steps_of(name, seed) == 4)
+    assert minimise(_Stub(), plan(name, seed), "x") == [2]
+
+
+def test_the_guard_notes_what_a_reader_may_not_do(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, pickle, socket, subprocess, sys
+from fuzz.guard import Guard
+out = pathlib.Path(sys.argv[1])
+guard = Guard(out)
+def noted(action):
+    guard.start()
+    try: action()
+    except Exception: pass
+    guard.stop()
+    return len(guard.events)
+fine = [lambda: (out / "a").write_text("x"), lambda: open(os.devnull, "w").close(), lambda: open(__file__).close(),
+        lambda: (out / "a").unlink()]
+bad = [lambda: socket.create_connection(("127.0.0.1", 9)), lambda: subprocess.run(["true"]), lambda: os.system("true"),
+       lambda: out.with_name("b").write_text("x"), lambda: os.rename(out, out.with_name("c")),
+       lambda: pickle.loads(b"cos\\nsystem\\n.")]
+assert [noted(action) for action in fine] == [0] * len(fine), guard.events
+assert all(noted(action) for action in bad), [noted(action) for action in bad]
+"""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "probe.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, str(tmp_path / "probe.py"), str(tmp_path / "out")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out").exists()  # the guard watches, it does not stop
+    assert Guard.__doc__
+
+
+# --- what it found ----------------------------------------------------------------------------------------
+
+
+def test_a_shard_name_that_no_file_can_have(tmp_path: Path) -> None:
+    for name in ("x" * 5000 + ".safetensors", "a\0b", "\ud800"):
+        index = {"weight_map": {"w": name}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"is missing|is not valid JSON"):
+            open_checkpoint(tmp_path)
+
+
+def external(location: str, folder: Path) -> Path:
+    """A model whose one weight lies in another file."""
+    body = om.graph([om.node("MatMul", "x w", "y")], {"x": (1, 4)}, "y", {"w": om.weights(4, 4)})
+    made = om.model(body)
+    tensor = made.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    path = folder / "net.onnx"
+    path.write_bytes(made.SerializeToString())
+    return path
+
+
+def test_external_data_under_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"outside the model's folder|is missing"):
+        open_checkpoint(external("x" * 5000, tmp_path))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match=r"outside the model's folder|is missing"):
+        open_checkpoint(external("loop", tmp_path))
+
+
+@pytest.mark.parametrize("text", [b"wonder", b"MatMul", b"locati", b"metaXX", b"sizeXX", b"x_in"])
+def test_names_in_a_model_that_are_no_text(tmp_path: Path, text: bytes) -> None:
+    """Protobuf hands out strings that are no UTF-8 as bytes, which ended in a TypeError wherever they were used."""
+    path = external("locati", tmp_path)
+    made = onnx.load(path, load_external_data=False)
+    (tmp_path / "locati").write_bytes(bytes(64))
+    made.metadata_props.add(key="metaXX", value="x")
+    made.graph.input[0].name = made.graph.node[0].input[0] = "x_in"
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "sizeXX"
+    made.graph.initializer[0].name = made.graph.node[0].input[1] = "wonder"
+    data = made.SerializeToString()
+    path.write_bytes(data)
+    assert list(open_checkpoint(path).tensors) == ["wonder"]
+    assert text in data
+    path.write_bytes(data.replace(text, b"\xff" * len(text)))
+    with pytest.raises(CorruptFile, match="is no UTF-8 text"):
+        open_checkpoint(path)
+
+
+def test_a_sparse_tensor_that_contradicts_itself(tmp_path: Path) -> None:
+    values = om.numpy_helper.from_array(np.ones(2, np.float32), "w")
+    indices = om.numpy_helper.from_array(np.array([0, 5]), "i")
+    for dims, kind in (((4, 4), 0), ((2, 2), 1), ((2**20, 2**20), 1)):
+        body = om.graph([om.node("MatMul", "x w", "y")], {"x": (1, 4)}, "y")
+        values.data_type = kind
+        body.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(dims)))
+        (tmp_path / "net.onnx").write_bytes(om.model(body).SerializeToString())
+        with pytest.raises(GraphError, match="the sparse tensor 'w'"):
+            survey(open_checkpoint(tmp_path / "net.onnx"))
+
+
+def test_padding_of_two_billion_pixels_is_one_skipped_row(tmp_path: Path) -> None:
+    """It asked for 17 GB; only what the padding makes is large, not the input, the output or the file."""
+    far, wide = om.weights(2, 1, 3, 3), [2**31 - 1] * 4
+    nodes = [
+        om.node("Conv", "x w", "h", pads=wide, strides=[2**30, 2**30]),
+        om.node("Relu", "h", "r"),
+        om.node("Conv", "r v", "y"),
+    ]
+    body = om.graph(nodes, {"x": (1, 1, 8, 8)}, "y", {"w": far, "v": om.weights(3, 2, 1, 1)})
+    (tmp_path / "net.onnx").write_bytes(om.model(body).SerializeToString())
+    rows = {row.layer: row for row in inspect(tmp_path / "net.onnx", k=1).rows}
+    assert rows["w"].status == "skipped"
+    assert "entries, more than the" in rows["w"].note
+    assert rows["v"].status == "ok"
+
+
+def exported(folder: Path, change: dict[str, object]) -> Path:
+    """A small exported program in which one batch norm's eps is something else."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 1, 8, 8),)), folder / "good.pt2")
+    with zipfile.ZipFile(folder / "good.pt2") as good, zipfile.ZipFile(folder / "net.pt2", "w") as bad:
+        for name in good.namelist():
+            data = good.read(name)
+            if "/models/" in name:
+                assert b'"as_float": 1e-05' in data
+                data = data.replace(b'"as_float": 1e-05', json.dumps(change).encode()[1:-1])
+            bad.writestr(name, data)
+    return folder / "net.pt2"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change", [{"as_float": {}}, {"as_int": "5"}, {"as_floats": [0.1]}, {"as_strings": 5}]
+)
+def test_an_exported_call_with_arguments_of_another_kind(tmp_path: Path, change: dict[str, object]) -> None:
+    report = inspect(exported(tmp_path, change), k=1)
+    assert any("does not follow torch.export's schema" in note for note in report.notes)
+    assert [row.kind for row in report.rows if row.kind == "conv2d"] == ["conv2d"]
+
+
+def test_listing_a_recurrent_matrix_without_columns(tmp_path: Path) -> None:
+    tensors = {"rnn.weight_ih_l0": torch.zeros(4, 3), "rnn.weight_hh_l0": torch.zeros(4, 0)}
+    save_file(tensors, tmp_path / "net.safetensors")
+    assert ls(tmp_path / "net.safetensors", format="json", quiet=True) == 0
+
+
+TYPES = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.int8,
+    torch.bool,
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_weights_of_types_that_torch_cannot_reduce(dtype: torch.dtype) -> None:
+    """8-bit floats ended in NotImplementedError, and |-128| is -128 in int8."""
+    stored = torch.tensor([[3.0, 1.0, 0.0], [2.0, 5.0, 1.0]]).to(dtype)
+    if dtype == torch.int8:
+        stored = torch.tensor([[-128, 0, 0], [0, -128, 0]], dtype=dtype)  # was certified as zero
+    truth = np.linalg.svd(stored.double().numpy(), compute_uv=False)
+    kernel = stored.reshape(2, 3, 1, 1)
+    plain = ConvGeometry.plain(2)
+    found = [
+        svds(MatrixMap(stored), 1),
+        svds(MatrixMap(stored), 1, method="lanczos"),
+        svds(ConvMap(kernel, (3, 4, 4), plain), 1),
+        supremum(InfiniteConv(kernel, plain)),
+    ]
+    for spectrum in found:
+        assert spectrum.lower[0] <= truth[0] <= spectrum.upper[0]
+        assert spectrum.values[0] == pytest.approx(truth[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_file_of_8_bit_floats_is_analysed_and_clipped(tmp_path: Path, dtype: torch.dtype) -> None:
+    linear = torch.from_numpy(om.weights(6, 4)).to(dtype)
+    broken = linear.clone()
+    broken[1, 2] = torch.nan
+    save_file({"a.weight": linear, "b.weight": broken}, tmp_path / "net.safetensors")
+    fine, bad = inspect(tmp_path / "net.safetensors", k=1).rows
+    truth = np.linalg.svd(linear.double().numpy(), compute_uv=False)[0]
+    assert fine.sigma[0] == pytest.approx(truth, rel=1e-6)
+    assert bad.status == "failed"
+    assert "1 NaN or infinite values of 24" in bad.note
+    clip(tmp_path / "net.safetensors", max=1.0, out=tmp_path / "out.safetensors")
+    written = open_checkpoint(tmp_path / "out.safetensors").read("a.weight")
+    assert written.dtype == dtype
+    assert np.linalg.svd(written.double().numpy(), compute_uv=False)[0] <= 1.0
+
+
+def test_complex_kernels_are_refused_at_any_size() -> None:
+    with pytest.raises(OperatorError, match="complex"):
+        supremum(InfiniteConv(torch.ones(1, 1, 1, 1, dtype=torch.complex64), ConvGeometry.plain(2)))
