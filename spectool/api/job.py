@@ -121,7 +121,7 @@ def report_of(
         settings: Every option that shapes the numbers.
         hash: Whether to hash the file.
     """
-    sha256 = sha256_of(Path(found.path)) if hash and found.path else None
+    sha256 = sha256_of(Path(found.path), found.limits) if hash and found.path else None
     return Report(tuple(rows), found.path, found.format, sha256, settings, __version__, found.notes)
 
 

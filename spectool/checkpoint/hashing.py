@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.checkpoint.open import open_checkpoint
 from spectool.errors import CheckpointError
 
 _BLOCK = 1 << 20
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(path: str | Path, limits: Limits = DEFAULT) -> str:
     """Return the SHA-256 of a checkpoint in hex.
 
     Of one file it is the SHA-256 of its bytes (of the packed bytes of a ``.gz``), as ``sha256sum`` prints it. A
@@ -19,11 +20,15 @@ def sha256_of(path: str | Path) -> str:
     prints for them: one line ``hash  name`` per file that holds tensors and for the index or model itself, sorted by
     name; names are relative to the folder. Configuration files do not count.
 
+    Args:
+        path: A checkpoint file or folder.
+        limits: What the file may ask for.
+
     Raises:
         CheckpointError: If it cannot be read.
     """
     path = Path(path)
-    files = {ref.file for ref in open_checkpoint(path).tensors.values()}
+    files = {ref.file for ref in open_checkpoint(path, limits=limits).tensors.values()}
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
         files.add(path)

@@ -1,0 +1,262 @@
+"""Pickles: programs for a small stack machine that can call anything, and data that is dear to build, hash or print."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from attack import FOREIGN, TOKEN, WEIGHT, Attack, checkpoint, integer, state, tensor, text, torch_zip
+
+#: Name → opcodes that leave one object, made for a folder in which the payload would leave a file.
+Payload = Callable[[Path], bytes]
+
+
+def call(name: str, *arguments: bytes) -> bytes:
+    """A call by REDUCE."""
+    module, _, attribute = name.rpartition(".")
+    return b"c" + f"{module}\n{attribute}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def touch(folder: Path) -> str:
+    return f"touch {folder / TOKEN}"
+
+
+def source(folder: Path) -> str:
+    return f"open({str(folder / TOKEN)!r}, 'w').close()"
+
+
+def through_getattr(folder: Path) -> bytes:
+    """``getattr(__import__('os'), 'system')(…)``: no opcode names the function that runs."""
+    module = call("builtins.__import__", text("os"))
+    return call("builtins.getattr", module, text("system")) + b"(" + text(touch(folder)) + b"tR"
+
+
+def through_state(folder: Path) -> bytes:
+    """BUILD gives an object its state, and with it runs ``__setstate__``."""
+    return f"c{FOREIGN}\nThing\n".encode() + b")\x81}" + text("path") + text(str(folder / TOKEN)) + b"sb"
+
+
+def through_items(folder: Path) -> bytes:
+    """SETITEMS calls ``__setitem__`` of whatever stands there, APPENDS ``extend``, ADDITEMS ``add``."""
+    thing = f"c{FOREIGN}\nThing\n".encode() + b")\x81"
+    return thing + b"(" + text("a") + b"Nu" + thing + b"(Ne" + b"\x86"
+
+
+def through_torch(folder: Path) -> bytes:
+    """``torch.load`` of another pickle, a file of the attacker's beside this one."""
+    (folder / "second.pt").write_bytes(b"\x80\x02" + call("os.system", text(touch(folder))) + b".")
+    return call("torch.load", text(str(folder / "second.pt")), b"N", b"N", b"\x89")
+
+
+def through_rebuild(folder: Path) -> bytes:
+    """A torch function that calls what it is given: known names must not call their arguments either."""
+    command = b"(" + text(touch(folder)) + b"t"
+    return call("torch._tensor._rebuild_from_type_v2", b"cos\nsystem\n", b"cos\nsystem\n", command, b"N")
+
+
+def chain(folder: Path) -> bytes:
+    """A call of the result of a call of the result…: ``partial(partial(…os.system, command)…)()``."""
+    inner = call("functools.partial", b"cos\nsystem\n", text(touch(folder)))
+    for _ in range(12):
+        inner = call("functools.partial", inner)
+    return inner + b")R"
+
+
+RUNS: Mapping[str, Payload] = {
+    "os.system": lambda folder: call("os.system", text(touch(folder))),
+    "posix.system by STACK_GLOBAL": lambda folder: b"\x8c\x05posix\x8c\x06system\x93" + text(touch(folder)) + b"\x85R",
+    "os.system by INST": lambda folder: b"(" + text(touch(folder)) + b"ios\nsystem\n",
+    "os.system by OBJ": lambda folder: b"(cos\nsystem\n" + text(touch(folder)) + b"o",
+    "os.execv": lambda folder: call("os.execv", text("/bin/sh"), b"(" + text("sh") + text("-c") + text(touch(folder)) + b"l"),
+    "subprocess.Popen": lambda folder: call("subprocess.Popen", b"(" + text("touch") + text(str(folder / TOKEN)) + b"l"),
+    "builtins.eval": lambda folder: call("builtins.eval", text(source(folder))),
+    "builtins.exec": lambda folder: call("builtins.exec", text(source(folder))),
+    "builtins.open": lambda folder: call("builtins.open", text(str(folder / TOKEN)), text("w")),
+    "builtins.getattr": through_getattr,
+    "importlib.import_module": lambda folder: call("importlib.import_module", text(FOREIGN)),
+    "runpy": lambda folder: call("runpy.run_module", text(FOREIGN)),
+    "a class by NEWOBJ": lambda folder: f"c{FOREIGN}\nThing\n".encode() + b")\x81",
+    "a class by NEWOBJ_EX": lambda folder: f"c{FOREIGN}\nThing\n".encode() + b")}\x92",
+    "__setstate__": through_state,
+    "__setitem__ and extend": through_items,
+    "torch.load": through_torch,
+    "torch's own rebuild": through_rebuild,
+    "a chain of calls": chain,
+    "pip.main": lambda folder: call("pip.main", b"(" + text("download") + text(TOKEN) + b"l"),
+    "a socket": lambda folder: call("socket.create_connection", b"(" + text("127.0.0.1") + integer(9) + b"t"),
+    "webbrowser": lambda folder: call("webbrowser.open", text("http://127.0.0.1:9/" + TOKEN)),
+}  # fmt: skip
+
+
+def trapped(payload: Payload) -> Callable[[Path], Path]:
+    """A checkpoint that holds a payload beside its weight."""
+    return lambda folder: checkpoint(folder / "net.pt", text("trap"), payload(folder))
+
+
+def as_key(payload: Payload) -> Callable[[Path], Path]:
+    return lambda folder: checkpoint(folder / "net.pt", payload(folder), b"N")
+
+
+def pickled(*entries: bytes) -> Callable[[Path], Path]:
+    """A checkpoint with more entries beside its weight."""
+    return lambda folder: checkpoint(folder / "net.pt", *entries)
+
+
+def whole(data: bytes) -> Callable[[Path], Path]:
+    """A checkpoint whose pickle is just this."""
+    return lambda folder: torch_zip(folder / "net.pt", data, {"0": WEIGHT.tobytes()})
+
+
+def put(index: int) -> bytes:
+    return b"r" + struct.pack("<I", index)
+
+
+def get(index: int) -> bytes:
+    return b"j" + struct.pack("<I", index)
+
+
+def doubled(levels: int, bottom: bytes = b")", first: int = 100) -> bytes:
+    """A tuple of twice a tuple of twice a tuple…: 2^levels leaves in 12 bytes a level."""
+    out = bottom
+    for level in range(levels):
+        out += put(first + level) + get(first + level) + b"\x86"
+    return out
+
+
+def named_by(part: bytes) -> bytes:
+    """An object that carries something, as dict keys and callers may be."""
+    return b"cnet\nThing\n" + part + b"\x85R"
+
+
+def shared_state(entries: int, uses: int) -> bytes:
+    """One module with a large state and a tensor, in a list many times: each visit must not cost its size."""
+    body = b"".join(integer(index) + b"N" for index in range(entries)) + text("t") + tensor()
+    thing = b"cnet\nThing\n)\x81}(" + body + b"ub"
+    return text("many") + b"](" + thing + put(1) + get(1) * uses + b"e"
+
+
+def long_path(length: int, leaves: int) -> bytes:
+    """A part with a long name and many tensors in it: every key repeats the name."""
+    body = b"".join(text(str(index)) + get(1) for index in range(leaves))
+    return text("spare") + tensor() + put(1) + text("n" * length) + b"}(" + body + b"u"
+
+
+def nested(opening: bytes, closing: bytes, levels: int) -> bytes:
+    return text("deep") + opening * levels + b"N" + closing * levels
+
+
+BAD_PERSISTENT: Mapping[str, bytes] = {
+    "a text": text("storage"),
+    "an empty tuple": b")",
+    "too short": text("storage") + b"N\x86",
+    "a nested tuple": b"(" + text("storage") + b"cnet\nFloatStorage\n" + doubled(60) + text("cpu") + integer(4) + b"t",
+    "endless elements": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + doubled(60) + b"t",
+    "an endless type": b"(" + text("storage") + doubled(60) + text("0") + text("cpu") + integer(4) + b"t",
+    "2^70 elements": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(2**70) + b"t",
+    "minus one element": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(-1) + b"t",
+}  # fmt: skip
+
+ATTACKS = [
+    *(Attack(f"pickle runs {name}", trapped(payload)) for name, payload in RUNS.items()),
+    Attack("pickle runs as a key", as_key(RUNS["os.system"])),
+    Attack(
+        "pickle runs before anything else",
+        lambda folder: torch_zip(folder / "net.pt", b"\x80\x02" + RUNS["os.system"](folder) + b"."),
+        refused="holds no tensors",
+    ),
+    Attack(
+        "pickle runs as a persistent id",
+        lambda folder: checkpoint(folder / "net.pt", text("trap"), RUNS["os.system"](folder) + b"Q"),
+        refused="a persistent id is no storage",
+    ),
+    *(
+        Attack(f"pickle names extension {name}", pickled(text("trap"), opcode), refused="uses an extension registry")
+        for name, opcode in {"EXT1": b"\x82\1", "EXT2": b"\x83\1\1", "EXT4": b"\x84\1\1\1\1"}.items()
+    ),
+    Attack("pickle with out-of-band data", pickled(text("trap"), b"\x97"), refused="or out-of-band data"),
+    # --- dear to build
+    Attack("pickle of a billion laughs", pickled(text("lol"), doubled(60))),
+    Attack("pickle of a billion laughs in a list", pickled(text("lol"), doubled(60, b"]"))),
+    Attack("pickle whose key is a billion laughs", pickled(doubled(60), b"N"), refused="a key is a very large tuple"),
+    Attack("pickle whose key is a deep tuple", pickled(b")" + b"\x85" * 100_000, b"N"), refused="a key is a very large"),
+    Attack("pickle whose key holds a billion laughs", pickled(named_by(doubled(60)), tensor())),
+    Attack("pickle whose attribute holds a billion laughs",
+           pickled(text("m"), b"cnet\nThing\n)\x81}(" + named_by(doubled(60)) + tensor() + b"ub")),
+    Attack("pickle of a call by a billion laughs", pickled(text("x"), doubled(60) + b")R")),
+    Attack("pickle of an encoding that is a billion laughs",
+           pickled(text("x"), call("_codecs.encode", text("a"), doubled(60))), refused="bad arguments for _codecs.encode"),
+    Attack("pickle of a type that is a billion laughs",
+           pickled(text("x"), call("torch._utils._rebuild_tensor_v3", b"N", b"K\0", b")", b")", b"\x89", b"N", doubled(60))),
+           refused="no element type"),
+    Attack("pickle of nested lists", pickled(nested(b"](", b"e", 100_000))),
+    Attack("pickle of nested dicts with a tensor", pickled(
+        text("deep"), b"}(X\1\0\0\0a" * 50_000 + tensor() + b"u" * 50_000), refused="limit depth = 100"),
+    Attack("pickle of nested objects", pickled(text("deep"), b"cnet\nThing\n" * 30_000 + b")R" + b"\x85R" * 29_999)),
+    Attack("pickle that holds itself", pickled(text("ring"), b"]" + put(1) + get(1) + b"a")),
+    Attack("pickle with a memo of 2^31", pickled(text("far"), b"]r\xff\xff\xff\x7f")),
+    Attack("pickle that recalls nothing", pickled(text("far"), b"h\x07"), refused="not a well-formed pickle"),
+    Attack("pickle of marks", whole(b"\x80\x02" + b"(" * 1_000_000 + b"."), refused="not a well-formed pickle"),
+    Attack("pickle of copies", whole(b"\x80\x02N" + b"2" * 1_000_000 + b"."), refused="holds no tensors"),
+    Attack("pickle of too many opcodes", whole(b"\x80\x02" + b"N0" * 2_500_000 + b"."), refused="limit opcodes = 5,000,000",
+           seconds=60),
+    Attack("pickle of a million entries",
+           pickled(text("large"), b"}(" + b"".join(integer(n) + b"N" for n in range(1_000_000)) + b"u"), seconds=60),
+    Attack("pickle of a million keys that are one", pickled(text("same"), b"}(" + (integer(7) + b"N") * 1_000_000 + b"u"),
+           seconds=60),
+    Attack("pickle of keys that collide", pickled(
+        text("slow"), b"}(" + b"".join(integer((2**61 - 1) * n) + b"N" for n in range(1, 100_000)) + b"u"),
+        refused="a key is an integer of more than 64 bits"),
+    Attack("pickle of two million empty sets", pickled(text("sets"), b"](" + b"\x8f" * 2_000_000 + b"e"), seconds=60),
+    Attack("pickle of two million objects", pickled(
+        text("objects"), b"cnet\nThing\n" + put(1) + b"0](" + (get(1) + b")R") * 500_000 + b"e"), seconds=60),
+    Attack("pickle of two million dicts", pickled(text("dicts"), b"](" + b"}" * 2_000_000 + b"e"), seconds=60),
+    Attack("pickle of a large part in many places", pickled(shared_state(20_000, 100_000)), refused="limit names",
+           seconds=60),
+    Attack("pickle of long names", pickled(long_path(1_000_000, 1_000)), refused="limit name_bytes", seconds=60),
+    Attack("pickle of dicts that share a tensor", pickled(
+        text("spare"), b"}(" + text("t") + tensor() + b"u" + put(100),
+        text("more"), b"".join(b"}(" + text("a") + get(100 + n) + text("b") + get(100 + n) + b"u" + put(101 + n) + b"0"
+                               for n in range(40)) + get(140)), refused="limit n", seconds=60),
+    # --- numbers
+    Attack("pickle of an integer of 2^31 bytes", pickled(text("n"), b"\x8b\xff\xff\xff\x7f" + b"\1" * 100),
+           refused="not a well-formed pickle"),
+    Attack("pickle of an integer of 1 MB", pickled(text("n"), b"\x8b" + struct.pack("<i", 10**6) + b"\1" * 10**6),
+           refused="limit integer_bytes = 1,024"),
+    Attack("pickle of a decimal of 1 MB", pickled(text("n"), b"L" + b"9" * 10**6 + b"L\n"),
+           refused="not a well-formed pickle"),
+    Attack("pickle of a negative length", pickled(text("n"), b"\x8b\xff\xff\xff\xff"), refused="not a well-formed pickle"),
+    Attack("pickle of a text of 2^60 bytes", pickled(b"\x8d" + struct.pack("<Q", 2**60), b"N"),
+           refused="not a well-formed pickle"),
+    Attack("pickle of bytes of 2^40 zeros", pickled(text("n"), call("builtins.bytes", integer(2**40))),
+           refused="bytes are built from something else"),
+    Attack("pickle of a range of 2^60", pickled(text("n"), call("builtins.list", call("builtins.range", integer(2**60))))
+           , refused="a list is built from something else"),
+    Attack("pickle of a numpy array of 2^60", pickled(text("n"), call(
+        "numpy.core.numeric._frombuffer", b"C\4\0\0\0\0", call("numpy.dtype", text("f4")), integer(2**60) + b"\x85",
+        text("C"))), refused="bad arguments for numpy"),
+    *(
+        Attack(f"pickle with a persistent id that is {name}", pickled(text("bad"), identity + b"Q"), refused="well-formed")
+        for name, identity in BAD_PERSISTENT.items() if name != "a nested tuple"
+    ),
+    Attack("pickle with a persistent id that is a nested tuple", pickled(text("bad"), BAD_PERSISTENT["a nested tuple"] + b"Q")),
+    Attack("pickle with a text for a persistent id", pickled(text("bad"), b"P1\n"), refused="well-formed"),
+    # --- the same machine in other containers
+    Attack("legacy pickle that runs os.system", lambda folder: legacy(folder, RUNS["os.system"](folder))),
+    Attack("legacy pickle of a billion laughs", lambda folder: legacy(folder, doubled(60))),
+    Attack("plain pickle that runs os.system", lambda folder: plain(folder), refused=r"a plain pickle \(of os.system\)"),
+]  # fmt: skip
+
+
+def legacy(folder: Path, entry: bytes) -> Path:
+    """A file of torch before 1.6: five pickles, then the storages."""
+    head = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}."
+    storage = struct.pack("<q", WEIGHT.size) + WEIGHT.tobytes()
+    path = folder / "old.pt"
+    path.write_bytes(head + state(text("trap"), entry) + b"\x80\x02](" + text("0") + b"e." + storage)
+    return path
+
+
+def plain(folder: Path) -> Path:
+    (folder / "net.pkl").write_bytes(b"\x80\x02" + RUNS["os.system"](folder) + b".")
+    return folder / "net.pkl"
