@@ -39,7 +39,7 @@ class Limits:
     header_bytes: int = 100_000_000
     json_values: int = 5_000_000
     pickle_bytes: int = 512 * 2**20
-    opcodes: int = 5_000_000
+    opcodes: int = 4_000_000
     integer_bytes: int = 1024
     depth: int = 100
     names: int = 1_000_000

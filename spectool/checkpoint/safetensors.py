@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_PACKED
+from spectool.checkpoint.inert import MOST_AXES
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
-from spectool.checkpoint.read import MOST_AXES, Reader, row_major
+from spectool.checkpoint.read import Reader, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CorruptFile, NothingToAnalyse
