@@ -75,7 +75,9 @@ class Archive:
                 raise CorruptFile(f"{source.path}: the zip archive has {info.filename!r} twice")
             if short.lower() in folded:
                 # torch finds records without regard to case, and so might take the other one.
-                raise CorruptFile(f"{source.path}: {info.filename!r} differs from another zip record only in case")
+                raise CorruptFile(
+                    f"{source.path}: {info.filename!r} differs from another zip record only in case"
+                )
             folded.add(short.lower())
             self.records[short] = record
 

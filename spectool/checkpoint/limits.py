@@ -52,7 +52,7 @@ class Limits:
     model_bytes: int = 2**31 - 1
     model_fields: int = 5_000_000
     nodes: int = 250_000
-    code_bytes: int = 4 * 2**20
+    code_bytes: int = 2**20
 
     def check(self, name: str, amount: int, what: str) -> None:
         """Refuse ``amount`` of something if it exceeds the limit called ``name``.
@@ -68,7 +68,7 @@ class Limits:
         bound: int = getattr(self, name)
         if amount > bound:
             raise LimitExceeded(
-                f"{what} asks for {amount:,}, more than the limit {name} = {bound:,}",
+                f"{what} asks for {f'{amount:,}' if amount < 10**18 else 'far too much'}, more than the limit {name} = {bound:,}",
                 hint=f"if you trust the file, raise it: {option_of(name)} (limits=Limits({name}=N) in Python)",
             )
 

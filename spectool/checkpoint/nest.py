@@ -73,7 +73,9 @@ class Nest:
         """
         found = self._parts.get(id(node))
         if found is None:
-            found = self._parts[id(node)] = [(name, value) for name, value in parts(node) if self.bears(value)]
+            found = self._parts[id(node)] = [
+                (name, value) for name, value in parts(node) if self.bears(value)
+            ]
         return found
 
     def candidates(self) -> list[tuple[tuple[str, ...], Any]]:

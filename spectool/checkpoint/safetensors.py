@@ -33,7 +33,9 @@ def open_safetensors(source: Source, limits: Limits) -> Checkpoint:
     path = source.path
     length = int.from_bytes(source.read(0, 8, "the header length"), "little")
     limits.check("header_bytes", length, f"{path}: the safetensors header")
-    header = parse_object(source.read(8, length, "the safetensors header"), f"{path}: the safetensors header")
+    header = parse_object(
+        source.read(8, length, "the safetensors header"), f"{path}: the safetensors header", limits
+    )
     extra = header.pop("__metadata__", None)
     if extra is not None and not (
         isinstance(extra, dict) and all(isinstance(v, str) for v in extra.values())

@@ -34,6 +34,8 @@ class Attack:
             With none of the three the file is read and ``inspect`` finds the σ₁ = 3 of ``WEIGHT``.
         seconds: CPU time that all commands together may take, some ten times what they do.
         options: More options for every command.
+        shape: What ``inspect`` and ``clip`` are told of the input.
+        clip: Exit code of ``clip`` where the file can be read: 4 if some row stays as it is, 2 if no copy can be made.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Attack:
     failed: str = ""
     seconds: int = 20
     options: tuple[str, ...] = ()
+    shape: str = ""
+    clip: int = 0
 
 
 def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None) -> Path:
@@ -69,7 +73,9 @@ def tensor(
     offset: int = 0,
 ) -> bytes:
     """A float32 tensor, pickled as torch does: a call of ``_rebuild_tensor_v2`` on a persistent id."""
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + integer(numel) + b"tQ"
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + integer(numel) + b"tQ"
+    )
     sizes = [b"(" + b"".join(integer(size) for size in sizes) + b"t" for sizes in (shape, stride)]
     empty = b"ccollections\nOrderedDict\n)R"
     call = b"ctorch._utils\n_rebuild_tensor_v2\n("
