@@ -151,7 +151,7 @@ def _from_config(
     from spectool.architectures.huggingface import build_from_config, input_shapes
 
     try:
-        module = build_from_config(config)
+        module = build_from_config(config, len(checkpoint.tensors))
         label = f"architecture: transformers:{type(module).__name__} (config.json)"
         return _as_module(
             checkpoint, module, label, type(module).__name__, shapes or input_shapes(module)

@@ -41,7 +41,7 @@ def fingerprint(shapes: Mapping[str, Shape]) -> str:
         for name, shape in shapes.items()
         if name.split(".")[0] not in HEADS and not name.endswith("num_batches_tracked")
     )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_LENGTH]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:_LENGTH]
 
 
 def recognise(shapes: Mapping[str, Shape]) -> Recognised | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spectool.architectures.resolve import empty_parameters, import_torchvision
@@ -14,15 +15,26 @@ if TYPE_CHECKING:
     import torch
 
 _TOKENS = 8
+#: Modules without tensors of their own (activations, dropouts, lists) per tensor of the file.
+_MODULES_PER_TENSOR = 20
+_MODULES_AT_LEAST = 1000
+
+#: Entries that could make transformers fetch or run something: code of the repository's own, kernels and weights
+#: from the hub. None of them changes what the layers are.
+_LEFT_OUT = re.compile(
+    r"auto_map|quantization_config|trust_remote_code|custom_pipelines|_?name_or_path|transformers_weights"
+    r"|.*(attn|experts)_implementation.*|.*kernel_config.*|use_kernels|.*pretrained.*|.*_repo(_id)?|.*adapter_config"
+)
 
 
-def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
+def build_from_config(config: Mapping[str, Any], tensors: int = 10_000) -> torch.nn.Module:
     """Return the transformers model of a configuration, in evaluation mode, on the meta device.
 
     Code that a repository ships beside its weights (``auto_map``) is never used.
 
     Args:
         config: The content of ``config.json``.
+        tensors: How many tensors the checkpoint has; a model of many more modules is not built.
 
     Raises:
         UsageError: If transformers is not installed, does not know the model, or cannot build it.
@@ -39,13 +51,12 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UsageError("config.json names no model_type")
-    left_out = ("model_type", "auto_map", "quantization_config")
-    plain = {key: value for key, value in config.items() if key not in left_out}
+    plain = {key: value for key, value in _harmless(config).items() if key != "model_type"}
     try:
         settings = transformers.AutoConfig.for_model(kind, **plain)
         names = config.get("architectures") or []
-        cls = next((getattr(transformers, name) for name in names if hasattr(transformers, str(name))), None)
-        with empty_parameters():
+        cls = next(filter(None, (_model_class(transformers, name) for name in names)), None)
+        with empty_parameters(), _bounded(max(_MODULES_AT_LEAST, _MODULES_PER_TENSOR * tensors)):
             module = cls(settings) if cls is not None else transformers.AutoModel.from_config(settings)
     except Exception as error:  # whatever a library of hundreds of models raises
         text = str(error).splitlines()[0] if str(error) else ""
@@ -54,6 +65,40 @@ def build_from_config(config: Mapping[str, Any]) -> torch.nn.Module:
         ) from error
     found: torch.nn.Module = module.eval()
     return found
+
+
+def _harmless(value: Any) -> Any:
+    """Return a configuration without what is left out, at every level."""
+    if isinstance(value, Mapping):
+        return {key: _harmless(inner) for key, inner in value.items() if not _LEFT_OUT.fullmatch(str(key))}
+    return [_harmless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _model_class(transformers: Any, name: Any) -> Any:
+    """Return the model class of this name; None for everything else that the library calls its own."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    base = transformers.PreTrainedModel
+    return found if isinstance(found, type) and issubclass(found, base) and found is not base else None
+
+
+@contextlib.contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """Stop the building of a model that would have more modules."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"it would have more than {most} modules, and the file far fewer tensors")
+
+    hook = register_module_module_registration_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def input_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

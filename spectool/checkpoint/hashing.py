@@ -36,7 +36,7 @@ def sha256_of(path: str | Path, limits: Limits = DEFAULT) -> str:
         return _of_file(path)
     names = sorted((file.relative_to(folder).as_posix(), file) for file in files)
     lines = "".join(f"{_of_file(file)}  {name}\n" for name, file in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _of_file(path: Path) -> str:

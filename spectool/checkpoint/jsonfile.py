@@ -37,7 +37,9 @@ def parse_object(data: bytes, what: str, limits: Limits, *, infinities: bool = F
         return entries
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=float if infinities else constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=float if infinities else constant
+        )
     except RecursionError as error:
         raise CorruptFile(
             f"{what} is not valid JSON (nested too deeply)", hint="no honest file is: download it again"

@@ -67,8 +67,9 @@ class Limits:
         """
         bound: int = getattr(self, name)
         if amount > bound:
+            much = f"{amount:,}" if amount < 10**18 else "far too much"
             raise LimitExceeded(
-                f"{what} asks for {f'{amount:,}' if amount < 10**18 else 'far too much'}, more than the limit {name} = {bound:,}",
+                f"{what} asks for {much}, more than the limit {name} = {bound:,}",
                 hint=f"if you trust the file, raise it: {option_of(name)} (limits=Limits({name}=N) in Python)",
             )
 

@@ -268,7 +268,9 @@ def _external(contents: _Contents, key: str, proto: Any) -> tuple[Path, int, int
             hint="put the data file beside the model and save the model again",
         )
     if file.resolve() == path.resolve():
-        raise CorruptFile(f"{path}: external data of tensor {key!r} lies in the model itself", hint="save it again")
+        raise CorruptFile(
+            f"{path}: external data of tensor {key!r} lies in the model itself", hint="save it again"
+        )
     if not file.exists():
         raise CheckpointError(
             f"{path}: external data file {location!r} is missing", hint="copy it into the model's folder"

@@ -12,16 +12,21 @@ from spectool.errors import CorruptFile
 #: Below this the most that a parser can make of a file (some 60 bytes of each) is no matter.
 _SMALL = 8 * 2**20
 
+_IN_ATTRIBUTE = ("tensor", "graph", "tensor", "graph", "other", "other", "sparse", "sparse")
 #: Message → field → message in it. What is not listed is numbers, texts or bytes, or is small in every model.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 8: "other", 14: "other", 20: "other", 25: "function"},
-    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 14: "other", 15: "sparse", 16: "other"},
+    "graph": {
+        1: "node",
+        5: "tensor",
+        15: "sparse",
+        **dict.fromkeys((11, 12, 13), "value"),
+        14: "other",
+        16: "other",
+    },
     "function": {7: "node", 9: "other", 11: "attribute", 12: "value", 14: "other"},
     "node": {5: "attribute", 9: "other", 10: "other"},
-    "attribute": {
-        **{5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
-        **{14: "other", 15: "other", 22: "sparse", 23: "sparse"},
-    },
+    "attribute": dict(zip((5, 6, 10, 11, 14, 15, 22, 23), _IN_ATTRIBUTE, strict=True)),
     "tensor": {13: "other", 16: "other"},
     "sparse": {1: "tensor", 2: "tensor"},
     "value": {2: "type", 4: "other"},
@@ -29,7 +34,7 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "tensortype": {2: "dims"},
     "dims": {1: "other"},
     "other": {},
-}  # fmt: skip
+}
 #: Message → fields that pack numbers of one byte and more into blocks; each becomes four or eight bytes.
 _PACKED: dict[str, tuple[int, ...]] = {"tensor": (1, 5, 7, 11), "attribute": (8,), "sparse": (3,)}
 _PACKED_SHARE = 8

@@ -78,7 +78,10 @@ def exported_program(archive: Archive, limits: Limits) -> ExportedProgram | None
     if len(names) != 1:
         return None
     document = parse_object(
-        archive.read(names[0], "header_bytes"), f"{archive.source.path}: record {names[0]!r}", limits, infinities=True
+        archive.read(names[0], "header_bytes"),
+        f"{archive.source.path}: record {names[0]!r}",
+        limits,
+        infinities=True,
     )
     module = document.get("graph_module")
     graph = module.get("graph") if isinstance(module, dict) else None

@@ -88,7 +88,7 @@ def _check_order(nodes: list[Node], given: list[str]) -> None:
     for node in nodes:
         for name in node.inputs:
             if name not in written:
-                raise ValueError(f"{node.op.name} reads {name[:80]!r}, which nothing before it writes")
+                raise ValueError(f"{node.name[:80]!r} reads {name[:80]!r}, which nothing before it writes")
         for name in node.outputs:
             if name in written:
                 raise ValueError(f"{name[:80]!r} is written twice")

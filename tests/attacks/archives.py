@@ -123,7 +123,7 @@ def two_directories(data: bytes) -> bytes:
 
 def two_ends(data: bytes) -> bytes:
     """The comment of one end record holds another one."""
-    start, length, end = directory_of(data)
+    start, _, end = directory_of(data)
     other = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 60, start, 0)
     return data[: end + 20] + struct.pack("<H", len(other)) + other
 
@@ -144,12 +144,19 @@ def zip64(directory: int, records: int = 3, at: int | None = None) -> Change:
 def many_records(count: int) -> bytes:
     """A directory of records that are not there."""
     name = b"net/a"
-    one = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
+    one = (
+        struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
+    )
     local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, len(name), 0) + name
     whole = local + one * count
     wide = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(one) * count, len(local))
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(whole), 1)
-    return whole + wide + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return (
+        whole
+        + wide
+        + locator
+        + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    )
 
 
 def packed(data: bytes) -> bytes:
@@ -161,47 +168,112 @@ UNSAFE = ["net/../x", "/net/x", "net\\x", "..", "net/x/.."]
 ELSEWHERE = "has its directory elsewhere"
 
 ATTACKS = [
-    Attack("zip with a compressed storage", compressed("data/0"), refused="is compressed, which torch never does"),
+    Attack(
+        "zip with a compressed storage", compressed("data/0"), refused="is compressed, which torch never does"
+    ),
     Attack("zip with a compressed pickle", compressed("data.pkl")),
-    Attack("zip bomb in the pickle", bomb(600 * 2**20), refused="limit pickle_bytes = 536,870,912", seconds=60),
-    Attack("zip bomb that denies itself", bomb(50 * 2**20, 100), refused="does not unpack to the 100 bytes it claims"),
-    Attack("zip with records that overlap", changed(field(b"net/data.pkl", 20, struct.pack("<2I", 320, 320))),
-           refused="overlaps the one before it"),
-    Attack("zip with one record under two names", changed(
-        lambda data: field(b"net/version", 42, data[entry(data, b"net/data/0") + 42 :][:4])(data)),
-        refused="is not where the zip directory says"),
+    Attack(
+        "zip bomb in the pickle", bomb(600 * 2**20), refused="limit pickle_bytes = 536,870,912", seconds=60
+    ),
+    Attack(
+        "zip bomb that denies itself",
+        bomb(50 * 2**20, 100),
+        refused="does not unpack to the 100 bytes it claims",
+    ),
+    Attack(
+        "zip with records that overlap",
+        changed(field(b"net/data.pkl", 20, struct.pack("<2I", 320, 320))),
+        refused="overlaps the one before it",
+    ),
+    Attack(
+        "zip with one record under two names",
+        changed(lambda data: field(b"net/version", 42, data[entry(data, b"net/data/0") + 42 :][:4])(data)),
+        refused="is not where the zip directory says",
+    ),
     Attack("zip with a record twice", repeated, refused="twice"),
-    Attack("zip with records that differ in case", with_record("net/DATA/0", (9 * WEIGHT).tobytes()),
-           refused="differs from another zip record only in case"),
-    Attack("zip with a record longer than the file", changed(field(b"net/version", 20, struct.pack("<2I", 1 << 31, 1 << 31))),
-           refused="ends after"),
-    Attack("zip with two sizes", changed(field(b"net/data/0", 20, struct.pack("<I", 8))), refused="two different sizes"),
-    Attack("zip with a wrong size", changed(field(b"net/data/0", 20, struct.pack("<2I", 60, 60))),
-           refused="needs a storage of 16 elements; its record has 60 bytes"),
+    Attack(
+        "zip with records that differ in case",
+        with_record("net/DATA/0", (9 * WEIGHT).tobytes()),
+        refused="differs from another zip record only in case",
+    ),
+    Attack(
+        "zip with a record longer than the file",
+        changed(field(b"net/version", 20, struct.pack("<2I", 1 << 31, 1 << 31))),
+        refused="ends after",
+    ),
+    Attack(
+        "zip with two sizes",
+        changed(field(b"net/data/0", 20, struct.pack("<I", 8))),
+        refused="two different sizes",
+    ),
+    Attack(
+        "zip with a wrong size",
+        changed(field(b"net/data/0", 20, struct.pack("<2I", 60, 60))),
+        refused="needs a storage of 16 elements; its record has 60 bytes",
+    ),
     Attack("zip with an encrypted record", changed(field(b"net/data/0", 8, b"\1\0")), refused="is encrypted"),
-    Attack("zip with an unknown compression", changed(field(b"net/data/0", 10, b"\x63\0")), refused="is compressed"),
-    *(Attack(f"zip with the record {name!r}", with_record(name), refused="zip record with the unsafe name")
-      for name in UNSAFE),
-    Attack("zip with a name cut by NUL", changed(renamed(b"net/version", b"net/data/0\0")), refused="the unsafe name|twice"),
+    Attack(
+        "zip with an unknown compression",
+        changed(field(b"net/data/0", 10, b"\x63\0")),
+        refused="is compressed",
+    ),
+    *(
+        Attack(f"zip with the record {name!r}", with_record(name), refused="zip record with the unsafe name")
+        for name in UNSAFE
+    ),
+    Attack(
+        "zip with a name cut by NUL",
+        changed(renamed(b"net/version", b"net/data/0\0")),
+        refused="the unsafe name|twice",
+    ),
     Attack("zip with two directories", changed(two_directories), refused=ELSEWHERE),
     Attack("zip with two ends", changed(two_ends), refused="has two ends|is damaged"),
-    Attack("zip with bytes behind its end", changed(lambda data: data + b"more"), refused="behind its end|damaged"),
+    Attack(
+        "zip with bytes behind its end",
+        changed(lambda data: data + b"more"),
+        refused="behind its end|damaged",
+    ),
     Attack("zip with bytes before it", changed(lambda data: HONEST_HEAD + data), refused=ELSEWHERE),
     Attack("zip64 that is honest", changed(lambda data: zip64(directory_of(data)[0])(data))),
     Attack("zip64 with its directory at 2^60", changed(zip64(2**60)), refused="damaged|elsewhere"),
     Attack("zip64 with its end record at 2^60", changed(zip64(0, at=2**60)), refused="zip64 end record"),
     Attack("zip64 with 2^60 records", changed(lambda data: zip64(directory_of(data)[0], 2**60)(data))),
-    Attack("zip with a million records", built(lambda: many_records(1_000_000)), refused="limit records = 500,000",
-           seconds=60),
-    Attack("zip inside a zip", built(lambda: zip_bytes({"net.pt": zip_bytes(HONEST)})), refused="around a checkpoint"),
-    Attack("zip without a directory", changed(lambda data: data[: directory_of(data)[0]]), refused="damaged or cut short"),
+    Attack(
+        "zip with a million records",
+        built(lambda: many_records(1_000_000)),
+        refused="limit records = 500,000",
+        seconds=60,
+    ),
+    Attack(
+        "zip inside a zip",
+        built(lambda: zip_bytes({"net.pt": zip_bytes(HONEST)})),
+        refused="around a checkpoint",
+    ),
+    Attack(
+        "zip without a directory",
+        changed(lambda data: data[: directory_of(data)[0]]),
+        refused="damaged or cut short",
+    ),
     # --- gzip
-    Attack("gzip bomb", built(lambda: packed(bytes(100 * 2**20)), "net.gz"), refused="limit unpack_ratio = 200"),
-    Attack("gzip in gzip", built(lambda: packed(packed(zip_bytes(HONEST))), "net.gz"), refused="a gzip file inside a gzip"),
+    Attack(
+        "gzip bomb", built(lambda: packed(bytes(100 * 2**20)), "net.gz"), refused="limit unpack_ratio = 200"
+    ),
+    Attack(
+        "gzip in gzip",
+        built(lambda: packed(packed(zip_bytes(HONEST))), "net.gz"),
+        refused="a gzip file inside a gzip",
+    ),
     Attack("gzip of many members", built(lambda: packed(zip_bytes(HONEST)) + packed(b"") * 20_000, "net.gz")),
-    Attack("gzip cut short", built(lambda: packed(zip_bytes(HONEST))[:-9], "net.gz"), refused="damaged gzip stream"),
-    Attack("gzip of another length than it says", built(lambda: packed(zip_bytes(HONEST))[:-4] + b"\1\0\0\0", "net.gz"),
-           refused="damaged gzip stream"),
-]  # fmt: skip
+    Attack(
+        "gzip cut short",
+        built(lambda: packed(zip_bytes(HONEST))[:-9], "net.gz"),
+        refused="damaged gzip stream",
+    ),
+    Attack(
+        "gzip of another length than it says",
+        built(lambda: packed(zip_bytes(HONEST))[:-4] + b"\1\0\0\0", "net.gz"),
+        refused="damaged gzip stream",
+    ),
+]
 
 HONEST_HEAD = zip_bytes({"net/data.pkl": b"\x80\x02}.", "net/data/0": np.zeros(16, np.float32).tobytes()})

@@ -33,6 +33,7 @@ class Attack:
         failed: Pattern of the note of the row that fails or is skipped; the other rows, and ``ls``, go on.
             With none of the three the file is read and ``inspect`` finds the σ₁ = 3 of ``WEIGHT``.
         seconds: CPU time that all commands together may take, some ten times what they do.
+        slow: Whether it takes more than a second or two, and runs only where all are wanted.
         options: More options for every command.
         shape: What ``inspect`` and ``clip`` are told of the input.
         clip: Exit code of ``clip`` where the file can be read: 4 if some row stays as it is, 2 if no copy can be made.
@@ -44,6 +45,7 @@ class Attack:
     lost: str = ""
     failed: str = ""
     seconds: int = 20
+    slow: bool = False
     options: tuple[str, ...] = ()
     shape: str = ""
     clip: int = 0

@@ -41,28 +41,53 @@ ATTACKS = [
     Attack("view with a wide stride", view(stride=(5, 1)), refused="needs 76 bytes"),
     Attack("view of 2^62 rows", view(shape=(2**62, 4)), refused="of a storage that has 64"),
     Attack("view of 2^70 rows", view(shape=(2**70, 4)), refused=SMALL),
-    Attack("view whose size overflows", view(shape=(2**32, 2**32), stride=(0, 0)), refused="limit expanded_bytes"),
+    Attack(
+        "view whose size overflows", view(shape=(2**32, 2**32), stride=(0, 0)), refused="limit expanded_bytes"
+    ),
     Attack("view with a negative offset", view(offset=-4), refused=SMALL),
     Attack("view with a negative size", view(shape=(-4, 4)), refused=SMALL),
     Attack("view with a negative stride", view(stride=(-4, 1)), refused=SMALL),
     Attack("view with too few strides", view(stride=(1,)), refused="impossible shape"),
-    Attack("view of a million axes", view(shape=(1,) * 10**6, stride=(1,) * 10**6), refused="impossible shape of 1000000"),
-    Attack("view of 64 axes of 2^60", view(shape=(2**60,) * 64, stride=(0,) * 64), refused="limit expanded_bytes"),
-    Attack("view of a terabyte by stride 0", view(shape=(2**40,), stride=(0,)), refused="limit expanded_bytes"),
-    Attack("view of no elements of a size of 2^62", beside(text("none"), tensor(shape=(0, 2**62), stride=(1, 1)))),
+    Attack(
+        "view of a million axes",
+        view(shape=(1,) * 10**6, stride=(1,) * 10**6),
+        refused="impossible shape of 1000000",
+    ),
+    Attack(
+        "view of 64 axes of 2^60", view(shape=(2**60,) * 64, stride=(0,) * 64), refused="limit expanded_bytes"
+    ),
+    Attack(
+        "view of a terabyte by stride 0", view(shape=(2**40,), stride=(0,)), refused="limit expanded_bytes"
+    ),
+    Attack(
+        "view of no elements of a size of 2^62", beside(text("none"), tensor(shape=(0, 2**62), stride=(1, 1)))
+    ),
     Attack("storage of more elements than its record", view(numel=2**40), refused="its record has 64 bytes"),
     Attack("storage that is not there", view(key="9"), refused="no record 'data/9'"),
     Attack("storage outside its folder", view(key="../data.pkl"), refused=r"no record 'data/\.\./data.pkl'"),
-    Attack("storage at an absolute path", view(key="/etc/hostname"), refused="no record 'data//etc/hostname'"),
+    Attack(
+        "storage at an absolute path", view(key="/etc/hostname"), refused="no record 'data//etc/hostname'"
+    ),
     Attack("storage of two types", retyped("LongStorage"), refused="16 elements; its record has 64 bytes"),
     Attack("storage of smaller elements", retyped("HalfStorage")),
     # What a clip writes through such a view it would write several times over.
     Attack("view that repeats its rows", beside(text("rows"), tensor(shape=(4, 4), stride=(0, 1))), clip=4),
     Attack("view whose windows overlap", beside(text("hankel"), tensor(shape=(4, 4), stride=(1, 1))), clip=4),
-    Attack("views that overlap each other", beside(text("upper"), tensor(shape=(3, 4)), text("lower"), tensor(
-        shape=(3, 4), offset=4)), clip=4),
+    Attack(
+        "views that overlap each other",
+        beside(text("upper"), tensor(shape=(3, 4)), text("lower"), tensor(shape=(3, 4), offset=4)),
+        clip=4,
+    ),
     Attack("views that are transposes of each other", beside(text("t"), tensor(stride=(1, 4)))),
-    Attack("tensor of 128 bytes and a limit of 60", beside(), refused="limit tensor_bytes = 60",
-           options=("--max-tensor-bytes", "60")),
-    Attack("integer for a shape", beside(text("x"), tensor().replace(b"(" + integer(4) * 2 + b"t", integer(4), 1)), refused=SMALL),
-]  # fmt: skip
+    Attack(
+        "tensor of 128 bytes and a limit of 60",
+        beside(),
+        refused="limit tensor_bytes = 60",
+        options=("--max-tensor-bytes", "60"),
+    ),
+    Attack(
+        "integer for a shape",
+        beside(text("x"), tensor().replace(b"(" + integer(4) * 2 + b"t", integer(4), 1)),
+        refused=SMALL,
+    ),
+]

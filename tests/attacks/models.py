@@ -109,7 +109,9 @@ def nested_if(levels: int) -> Callable[[bytes], bytes]:
 
     def change(data: bytes) -> bytes:
         proto = onnx.ModelProto.FromString(data)
-        body = onnx.GraphProto(name="deep", node=[helper.make_node("Identity", ["x"], ["z"])]).SerializeToString()
+        body = onnx.GraphProto(
+            name="deep", node=[helper.make_node("Identity", ["x"], ["z"])]
+        ).SerializeToString()
         for _ in range(levels):
             attribute = b"\x0a\x0bthen_branch" + b"\x32" + varint(len(body)) + body + b"\xa0\x01\x05"
             node = b"\x22\x02If" + b"\x2a" + varint(len(attribute)) + attribute
@@ -124,7 +126,9 @@ def nested_if(levels: int) -> Callable[[bytes], bytes]:
 def branches(levels: int) -> Any:
     """If in If, as deep as the library goes; each with both branches."""
     flag = numpy_helper.from_array(np.array(True), "flag")
-    body: Any = helper.make_graph([product("x", "b")], "b", [], [helper.make_tensor_value_info("b", FLOAT, None)])
+    body: Any = helper.make_graph(
+        [product("x", "b")], "b", [], [helper.make_tensor_value_info("b", FLOAT, None)]
+    )
     for level in range(levels):
         node = helper.make_node("If", ["c"], [f"b{level}"], then_branch=body, else_branch=body)
         body = helper.make_graph([node], "b", [], [helper.make_tensor_value_info(f"b{level}", FLOAT, None)])
@@ -141,11 +145,15 @@ def functions(calls: dict[str, list[str]], first: str) -> Callable[[], Any]:
         bodies = []
         for name, called in calls.items():
             nodes = [
-                helper.make_node(inner, [f"v{n}" if n else "a"], [f"v{n + 1}"], domain="" if inner == "Relu" else "net")
+                helper.make_node(
+                    inner, [f"v{n}" if n else "a"], [f"v{n + 1}"], domain="" if inner == "Relu" else "net"
+                )
                 for n, inner in enumerate(called)
             ]
             nodes.append(helper.make_node("Identity", [f"v{len(called)}"], ["b"]))
-            bodies.append(helper.make_function("net", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 17)]))
+            bodies.append(
+                helper.make_function("net", name, ["a"], ["b"], nodes, [helper.make_opsetid("", 17)])
+            )
         node = helper.make_node(first, ["x"], ["h"], domain="net")
         return model(graph([node, product("h")]), functions=bodies)
 
@@ -200,7 +208,9 @@ def open_input(dims: Sequence[int]) -> Callable[[], Any]:
 def labelled(length: int, bodies: int) -> Any:
     """A long label around many bodies: every key in them would repeat it."""
     inner = [
-        helper.make_node("If", ["c"], [f"i{n}"], name="n", then_branch=one_constant(), else_branch=one_constant())
+        helper.make_node(
+            "If", ["c"], [f"i{n}"], name="n", then_branch=one_constant(), else_branch=one_constant()
+        )
         for n in range(bodies)
     ]
     body = helper.make_graph(inner, "b", [], [helper.make_tensor_value_info("i0", FLOAT, None)])
@@ -263,41 +273,99 @@ ATTACKS = [
     Attack("onnx data in a name with NUL", external("net\0.data"), refused=OUTSIDE),
     Attack("onnx data in a folder", external("data", place="model/data/x"), refused="is not a regular file"),
     Attack("onnx data that is missing", external("gone.data"), refused="is missing"),
-    Attack("onnx data at a negative offset", external("net.data", "-4", place="model/net.data"), refused="impossible offset"),
-    Attack("onnx data at an offset of 2^62", external("net.data", str(2**62), place="model/net.data"), refused="ends after"),
-    Attack("onnx data at an offset that is no number", external("net.data", "abc", place="model/net.data"),
-           refused="impossible offset"),
-    Attack("onnx data of another length", external("net.data", "0", "32", place="model/net.data"), refused="32 are declared"),
+    Attack(
+        "onnx data at a negative offset",
+        external("net.data", "-4", place="model/net.data"),
+        refused="impossible offset",
+    ),
+    Attack(
+        "onnx data at an offset of 2^62",
+        external("net.data", str(2**62), place="model/net.data"),
+        refused="ends after",
+    ),
+    Attack(
+        "onnx data at an offset that is no number",
+        external("net.data", "abc", place="model/net.data"),
+        refused="impossible offset",
+    ),
+    Attack(
+        "onnx data of another length",
+        external("net.data", "0", "32", place="model/net.data"),
+        refused="32 are declared",
+    ),
     Attack("onnx data in the model itself", external("net.onnx"), refused="lies in the model itself"),
     # --- graphs
     Attack("onnx graph with a cycle", saved(lambda: model(graph(CYCLE))), lost=UNWRITTEN),
     Attack("onnx node that reads itself", saved(renamed(linear, {"x": "y"})), lost=UNWRITTEN),
     Attack("onnx weight that is missing", saved(renamed(linear, {"w": "gone"})), lost=UNWRITTEN),
-    Attack("onnx output that is missing", saved(lambda: model(graph([product()], [], "y gone"))), lost=UNWRITTEN),
+    Attack(
+        "onnx output that is missing", saved(lambda: model(graph([product()], [], "y gone"))), lost=UNWRITTEN
+    ),
     Attack("onnx chain of 20 000 nodes", saved(chain("Identity", 20_000)), seconds=100),
-    Attack("onnx graph of a million nodes", saved(linear, empty_nodes(1_000_000)), refused="limit nodes = 250,000", seconds=60),
-    Attack("onnx file of 6 million fields", saved(linear, empty_nodes(6_000_000)), refused="limit model_fields = 5,000,000",
-           seconds=60),
+    Attack(
+        "onnx graph of a million nodes",
+        saved(linear, empty_nodes(1_000_000)),
+        refused="limit nodes = 250,000",
+        seconds=60,
+    ),
+    Attack(
+        "onnx file of 6 million fields",
+        saved(linear, empty_nodes(6_000_000)),
+        refused="limit model_fields = 5,000,000",
+        seconds=60,
+    ),
     Attack("onnx numbers of one byte", saved(linear, bombed), refused="limit model_fields", seconds=60),
-    Attack("onnx function that calls itself", saved(functions({"f": ["f"]}, "f")), refused="function 'f' of the model calls itself"),
-    Attack("onnx functions that call each other", saved(functions({"f": ["g"], "g": ["f"]}, "f")), refused="calls itself"),
+    Attack(
+        "onnx function that calls itself",
+        saved(functions({"f": ["f"]}, "f")),
+        refused="function 'f' of the model calls itself",
+    ),
+    Attack(
+        "onnx functions that call each other",
+        saved(functions({"f": ["g"], "g": ["f"]}, "f")),
+        refused="calls itself",
+    ),
     Attack("onnx functions of a billion laughs", saved(functions(laughing(9), "f0")), refused="limit nodes"),
     Attack("onnx functions in functions", saved(functions(laughing(2), "f0")), seconds=60),
     Attack("onnx branches 20 deep", saved(lambda: branches(8)), seconds=60),
     Attack("onnx branches 10 000 deep", saved(linear, nested_if(10_000)), refused="does not parse"),
     Attack("onnx branches 30 deep", saved(linear, nested_if(30)), lost="has no two branches"),
-    Attack("onnx label of 100 kB around many bodies", saved(lambda: labelled(100_000, 500)), refused="limit name_bytes"),
-    Attack("onnx names of nodes that are one", saved(
-        lambda: model(graph([*[helper.make_node("Relu", ["x"], ["r"]) for _ in range(5000)], product("r")]))), seconds=60),
+    Attack(
+        "onnx label of 100 kB around many bodies",
+        saved(lambda: labelled(100_000, 500)),
+        refused="limit name_bytes",
+    ),
+    Attack(
+        "onnx names of nodes that are one",
+        saved(
+            lambda: model(
+                graph([*[helper.make_node("Relu", ["x"], ["r"]) for _ in range(5000)], product("r")])
+            )
+        ),
+        seconds=60,
+    ),
     # --- sizes
     Attack("onnx tensor of 2^62 numbers", saved(sized([2**31, 2**31])), refused="limit model_bytes"),
     Attack("onnx tensor whose size overflows", saved(sized([2**62, 2**62])), refused="limit model_bytes"),
     Attack("onnx tensor of a negative size", saved(sized([-4, 4], bytes(64))), lost="negative size"),
-    Attack("onnx tensor with too few bytes", saved(sized([4, 4], bytes(60))), lost="other bytes than its shape says"),
-    Attack("onnx tensor of a million axes", saved(sized([1] * 10**6, bytes(4))), refused="impossible number of 1000000 axes"),
+    Attack(
+        "onnx tensor with too few bytes",
+        saved(sized([4, 4], bytes(60))),
+        lost="other bytes than its shape says",
+    ),
+    Attack(
+        "onnx tensor of a million axes",
+        saved(sized([1] * 10**6, bytes(4))),
+        refused="impossible number of 1000000 axes",
+    ),
     Attack("onnx input of 2^62", saved(open_input([1, 2**62, 4]))),
     Attack("onnx input of a negative size", saved(open_input([-1, 4]))),
-    Attack("onnx constant of a terabyte", saved(filled([2**19, 2**19])), failed="would have 274877906944 entries", clip=4),
+    Attack(
+        "onnx constant of a terabyte",
+        saved(filled([2**19, 2**19])),
+        failed="would have 274877906944 entries",
+        clip=4,
+    ),
     Attack("onnx constant of negative size", saved(filled([-4, 4]))),
     Attack("onnx constant blown up by Expand", saved(grown("Expand", 1.0, [2**20, 2**20]))),
     Attack("onnx constant blown up by Tile", saved(grown("Tile", [1.0], [2**40]))),
@@ -305,17 +373,45 @@ ATTACKS = [
     Attack("onnx constant blown up by Pad", saved(grown("Pad", [1.0], [0, 2**40]))),
     Attack("onnx constant blown up by OneHot", saved(grown("OneHot", [1], 2**40, [0.0, 1.0]))),
     Attack("onnx constant blown up by EyeLike", saved(grown("ConstantOfShape", [2**34]))),
-    Attack("onnx constant blown up by Resize", saved(grown("Resize", [[[[1.0]]]], [], [1.0, 1.0, 2.0**15, 2.0**15]))),
+    Attack(
+        "onnx constant blown up by Resize",
+        saved(grown("Resize", [[[[1.0]]]], [], [1.0, 1.0, 2.0**15, 2.0**15])),
+    ),
     Attack("onnx window with a stride of 0", saved(conv(strides=[0, 0]))),
     Attack("onnx window with a dilation of 2^62", saved(conv(dilations=[2**62, 2**62]))),
     Attack("onnx window with a million groups", saved(conv(group=10**6))),
     Attack("onnx window with negative groups", saved(conv(group=-1))),
-    Attack("onnx operation that nobody knows", saved(lambda: model(graph([
-        product(), helper.make_node("Execute", ["y"], ["z"], domain="com.evil", command="payload-of-an-attack")], [], "y z")))),
-    Attack("onnx model with two graphs", saved(linear, lambda data: data + onnx.ModelProto(graph=onnx.GraphProto(
-        node=[helper.make_node("Relu", ["y"], ["q"])])).SerializeToString())),
+    Attack(
+        "onnx operation that nobody knows",
+        saved(
+            lambda: model(
+                graph(
+                    [
+                        product(),
+                        helper.make_node(
+                            "Execute", ["y"], ["z"], domain="com.evil", command="payload-of-an-attack"
+                        ),
+                    ],
+                    [],
+                    "y z",
+                )
+            )
+        ),
+    ),
+    Attack(
+        "onnx model with two graphs",
+        saved(
+            linear,
+            lambda data: (
+                data
+                + onnx.ModelProto(
+                    graph=onnx.GraphProto(node=[helper.make_node("Relu", ["y"], ["q"])])
+                ).SerializeToString()
+            ),
+        ),
+    ),
     Attack("onnx attribute of two kinds", saved(lambda: two_kinds())),
-]  # fmt: skip
+]
 
 
 def two_kinds() -> Any:

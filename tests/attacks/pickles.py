@@ -65,11 +65,17 @@ def chain(folder: Path) -> bytes:
 
 RUNS: Mapping[str, Payload] = {
     "os.system": lambda folder: call("os.system", text(touch(folder))),
-    "posix.system by STACK_GLOBAL": lambda folder: b"\x8c\x05posix\x8c\x06system\x93" + text(touch(folder)) + b"\x85R",
+    "posix.system by STACK_GLOBAL": lambda folder: (
+        b"\x8c\x05posix\x8c\x06system\x93" + text(touch(folder)) + b"\x85R"
+    ),
     "os.system by INST": lambda folder: b"(" + text(touch(folder)) + b"ios\nsystem\n",
     "os.system by OBJ": lambda folder: b"(cos\nsystem\n" + text(touch(folder)) + b"o",
-    "os.execv": lambda folder: call("os.execv", text("/bin/sh"), b"(" + text("sh") + text("-c") + text(touch(folder)) + b"l"),
-    "subprocess.Popen": lambda folder: call("subprocess.Popen", b"(" + text("touch") + text(str(folder / TOKEN)) + b"l"),
+    "os.execv": lambda folder: call(
+        "os.execv", text("/bin/sh"), b"(" + text("sh") + text("-c") + text(touch(folder)) + b"l"
+    ),
+    "subprocess.Popen": lambda folder: call(
+        "subprocess.Popen", b"(" + text("touch") + text(str(folder / TOKEN)) + b"l"
+    ),
     "builtins.eval": lambda folder: call("builtins.eval", text(source(folder))),
     "builtins.exec": lambda folder: call("builtins.exec", text(source(folder))),
     "builtins.open": lambda folder: call("builtins.open", text(str(folder / TOKEN)), text("w")),
@@ -86,7 +92,7 @@ RUNS: Mapping[str, Payload] = {
     "pip.main": lambda folder: call("pip.main", b"(" + text("download") + text(TOKEN) + b"l"),
     "a socket": lambda folder: call("socket.create_connection", b"(" + text("127.0.0.1") + integer(9) + b"t"),
     "webbrowser": lambda folder: call("webbrowser.open", text("http://127.0.0.1:9/" + TOKEN)),
-}  # fmt: skip
+}
 
 
 def trapped(payload: Payload) -> Callable[[Path], Path]:
@@ -150,12 +156,36 @@ BAD_PERSISTENT: Mapping[str, bytes] = {
     "a text": text("storage"),
     "an empty tuple": b")",
     "too short": text("storage") + b"N\x86",
-    "a nested tuple": b"(" + text("storage") + b"cnet\nFloatStorage\n" + doubled(60) + text("cpu") + integer(4) + b"t",
-    "endless elements": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + doubled(60) + b"t",
+    "a nested tuple": b"("
+    + text("storage")
+    + b"cnet\nFloatStorage\n"
+    + doubled(60)
+    + text("cpu")
+    + integer(4)
+    + b"t",
+    "endless elements": b"("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text("0")
+    + text("cpu")
+    + doubled(60)
+    + b"t",
     "an endless type": b"(" + text("storage") + doubled(60) + text("0") + text("cpu") + integer(4) + b"t",
-    "2^70 elements": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(2**70) + b"t",
-    "minus one element": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + integer(-1) + b"t",
-}  # fmt: skip
+    "2^70 elements": b"("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text("0")
+    + text("cpu")
+    + integer(2**70)
+    + b"t",
+    "minus one element": b"("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text("0")
+    + text("cpu")
+    + integer(-1)
+    + b"t",
+}
 
 ATTACKS = [
     *(Attack(f"pickle runs {name}", trapped(payload)) for name, payload in RUNS.items()),
@@ -171,79 +201,180 @@ ATTACKS = [
         refused="a persistent id is no storage",
     ),
     *(
-        Attack(f"pickle names extension {name}", pickled(text("trap"), opcode), refused="uses an extension registry")
+        Attack(
+            f"pickle names extension {name}",
+            pickled(text("trap"), opcode),
+            refused="uses an extension registry",
+        )
         for name, opcode in {"EXT1": b"\x82\1", "EXT2": b"\x83\1\1", "EXT4": b"\x84\1\1\1\1"}.items()
     ),
     Attack("pickle with out-of-band data", pickled(text("trap"), b"\x97"), refused="or out-of-band data"),
     # --- dear to build
     Attack("pickle of a billion laughs", pickled(text("lol"), doubled(60))),
     Attack("pickle of a billion laughs in a list", pickled(text("lol"), doubled(60, b"]"))),
-    Attack("pickle whose key is a billion laughs", pickled(doubled(60), b"N"), refused="a key is a very large tuple"),
-    Attack("pickle whose key is a deep tuple", pickled(b")" + b"\x85" * 100_000, b"N"), refused="a key is a very large"),
+    Attack(
+        "pickle whose key is a billion laughs",
+        pickled(doubled(60), b"N"),
+        refused="a key is a very large tuple",
+    ),
+    Attack(
+        "pickle whose key is a deep tuple",
+        pickled(b")" + b"\x85" * 100_000, b"N"),
+        refused="a key is a very large",
+    ),
     Attack("pickle whose key holds a billion laughs", pickled(named_by(doubled(60)), tensor())),
-    Attack("pickle whose attribute holds a billion laughs",
-           pickled(text("m"), b"cnet\nThing\n)\x81}(" + named_by(doubled(60)) + tensor() + b"ub")),
+    Attack(
+        "pickle whose attribute holds a billion laughs",
+        pickled(text("m"), b"cnet\nThing\n)\x81}(" + named_by(doubled(60)) + tensor() + b"ub"),
+    ),
     Attack("pickle of a call by a billion laughs", pickled(text("x"), doubled(60) + b")R")),
-    Attack("pickle of an encoding that is a billion laughs",
-           pickled(text("x"), call("_codecs.encode", text("a"), doubled(60))), refused="bad arguments for _codecs.encode"),
-    Attack("pickle of a type that is a billion laughs",
-           pickled(text("x"), call("torch._utils._rebuild_tensor_v3", b"N", b"K\0", b")", b")", b"\x89", b"N", doubled(60))),
-           refused="no element type"),
+    Attack(
+        "pickle of an encoding that is a billion laughs",
+        pickled(text("x"), call("_codecs.encode", text("a"), doubled(60))),
+        refused="bad arguments for _codecs.encode",
+    ),
+    Attack(
+        "pickle of a type that is a billion laughs",
+        pickled(
+            text("x"),
+            call("torch._utils._rebuild_tensor_v3", b"N", b"K\0", b")", b")", b"\x89", b"N", doubled(60)),
+        ),
+        refused="no element type",
+    ),
     Attack("pickle of nested lists", pickled(nested(b"](", b"e", 20_000))),
-    Attack("pickle of nested dicts with a tensor", pickled(
-        text("deep"), b"}(X\1\0\0\0a" * 10_000 + tensor() + b"u" * 10_000), refused="limit depth = 100"),
-    Attack("pickle of nested objects", pickled(text("deep"), b"cnet\nThing\n" * 5_000 + b")R" + b"\x85R" * 4_999)),
+    Attack(
+        "pickle of nested dicts with a tensor",
+        pickled(text("deep"), b"}(X\1\0\0\0a" * 10_000 + tensor() + b"u" * 10_000),
+        refused="limit depth = 100",
+    ),
+    Attack(
+        "pickle of nested objects", pickled(text("deep"), b"cnet\nThing\n" * 5_000 + b")R" + b"\x85R" * 4_999)
+    ),
     Attack("pickle that holds itself", pickled(text("ring"), b"]" + put(1) + get(1) + b"a")),
     Attack("pickle with a memo of 2^31", pickled(text("far"), b"]r\xff\xff\xff\x7f")),
     Attack("pickle that recalls nothing", pickled(text("far"), b"h\x07"), refused="not a well-formed pickle"),
     Attack("pickle of marks", whole(b"\x80\x02" + b"(" * 100_000 + b"."), refused="not a well-formed pickle"),
     Attack("pickle of copies", whole(b"\x80\x02N" + b"2" * 100_000 + b"."), refused="holds no tensors"),
-    Attack("pickle of too many opcodes", whole(b"\x80\x02" + b"N0" * 2_000_000 + b"."), refused="limit opcodes = 4,000,000",
-           seconds=60),
-    Attack("pickle of a million entries",
-           pickled(text("large"), b"}(" + b"".join(integer(n) + b"N" for n in range(1_000_000)) + b"u"), seconds=60),
-    Attack("pickle of many keys that are one", pickled(text("same"), b"}(" + (integer(7) + b"N") * 100_000 + b"u")),
-    Attack("pickle of keys that collide", pickled(
-        text("slow"), b"}(" + b"".join(integer((2**61 - 1) * n) + b"N" for n in range(1, 100_000)) + b"u"),
-        refused="a key is an integer of more than 64 bits"),
+    Attack(
+        "pickle of too many opcodes",
+        whole(b"\x80\x02" + b"N0" * 2_000_000 + b"."),
+        refused="limit opcodes = 4,000,000",
+        seconds=60,
+    ),
+    Attack(
+        "pickle of a million entries",
+        pickled(text("large"), b"}(" + b"".join(integer(n) + b"N" for n in range(1_000_000)) + b"u"),
+        seconds=60,
+    ),
+    Attack(
+        "pickle of many keys that are one",
+        pickled(text("same"), b"}(" + (integer(7) + b"N") * 100_000 + b"u"),
+    ),
+    Attack(
+        "pickle of keys that collide",
+        pickled(
+            text("slow"), b"}(" + b"".join(integer((2**61 - 1) * n) + b"N" for n in range(1, 100_000)) + b"u"
+        ),
+        refused="a key is an integer of more than 64 bits",
+    ),
     Attack("pickle of empty sets", pickled(text("sets"), b"](" + b"\x8f" * 100_000 + b"e")),
-    Attack("pickle of objects", pickled(
-        text("objects"), b"cnet\nThing\n" + put(1) + b"0](" + (get(1) + b")R") * 50_000 + b"e")),
+    Attack(
+        "pickle of objects",
+        pickled(text("objects"), b"cnet\nThing\n" + put(1) + b"0](" + (get(1) + b")R") * 50_000 + b"e"),
+    ),
     Attack("pickle of empty dicts", pickled(text("dicts"), b"](" + b"}" * 100_000 + b"e")),
     Attack("pickle of a large part in many places", pickled(shared_state(20_000, 10_000))),
-    Attack("pickle of long names", pickled(long_path(1_000_000, 1_000)), refused="limit name_bytes", seconds=60),
-    Attack("pickle of dicts that share a tensor", pickled(
-        text("spare"), b"}(" + text("t") + tensor() + b"u" + put(100),
-        text("more"), b"".join(b"}(" + text("a") + get(100 + n) + text("b") + get(100 + n) + b"u" + put(101 + n) + b"0"
-                               for n in range(40)) + get(140)), refused="limit n", seconds=60),
-    # --- numbers
-    Attack("pickle of an integer of 2^31 bytes", pickled(text("n"), b"\x8b\xff\xff\xff\x7f" + b"\1" * 100),
-           refused="not a well-formed pickle"),
-    Attack("pickle of an integer of 1 MB", pickled(text("n"), b"\x8b" + struct.pack("<i", 10**6) + b"\1" * 10**6),
-           refused="limit integer_bytes = 1,024"),
-    Attack("pickle of a decimal of 1 MB", pickled(text("n"), b"L" + b"9" * 10**6 + b"L\n"),
-           refused="not a well-formed pickle"),
-    Attack("pickle of a negative length", pickled(text("n"), b"\x8b\xff\xff\xff\xff"), refused="not a well-formed pickle"),
-    Attack("pickle of a text of 2^60 bytes", pickled(b"\x8d" + struct.pack("<Q", 2**60), b"N"),
-           refused="not a well-formed pickle"),
-    Attack("pickle of bytes of 2^40 zeros", pickled(text("n"), call("builtins.bytes", integer(2**40))),
-           refused="bytes are built from something else"),
-    Attack("pickle of a range of 2^60", pickled(text("n"), call("builtins.list", call("builtins.range", integer(2**60))))
-           , refused="a list is built from something else"),
-    Attack("pickle of a numpy array of 2^60", pickled(text("n"), call(
-        "numpy.core.numeric._frombuffer", b"C\4\0\0\0\0", call("numpy.dtype", text("f4")), integer(2**60) + b"\x85",
-        text("C"))), refused="bad arguments for numpy"),
-    *(
-        Attack(f"pickle with a persistent id that is {name}", pickled(text("bad"), identity + b"Q"), refused="well-formed")
-        for name, identity in BAD_PERSISTENT.items() if name != "a nested tuple"
+    Attack(
+        "pickle of long names", pickled(long_path(1_000_000, 1_000)), refused="limit name_bytes", seconds=60
     ),
-    Attack("pickle with a persistent id that is a nested tuple", pickled(text("bad"), BAD_PERSISTENT["a nested tuple"] + b"Q")),
+    Attack(
+        "pickle of dicts that share a tensor",
+        pickled(
+            text("spare"),
+            b"}(" + text("t") + tensor() + b"u" + put(100),
+            text("more"),
+            b"".join(
+                b"}(" + text("a") + get(100 + n) + text("b") + get(100 + n) + b"u" + put(101 + n) + b"0"
+                for n in range(40)
+            )
+            + get(140),
+        ),
+        refused="limit n",
+        seconds=60,
+    ),
+    # --- numbers
+    Attack(
+        "pickle of an integer of 2^31 bytes",
+        pickled(text("n"), b"\x8b\xff\xff\xff\x7f" + b"\1" * 100),
+        refused="not a well-formed pickle",
+    ),
+    Attack(
+        "pickle of an integer of 1 MB",
+        pickled(text("n"), b"\x8b" + struct.pack("<i", 10**6) + b"\1" * 10**6),
+        refused="limit integer_bytes = 1,024",
+    ),
+    Attack(
+        "pickle of a decimal of 1 MB",
+        pickled(text("n"), b"L" + b"9" * 10**6 + b"L\n"),
+        refused="not a well-formed pickle",
+    ),
+    Attack(
+        "pickle of a negative length",
+        pickled(text("n"), b"\x8b\xff\xff\xff\xff"),
+        refused="not a well-formed pickle",
+    ),
+    Attack(
+        "pickle of a text of 2^60 bytes",
+        pickled(b"\x8d" + struct.pack("<Q", 2**60), b"N"),
+        refused="not a well-formed pickle",
+    ),
+    Attack(
+        "pickle of bytes of 2^40 zeros",
+        pickled(text("n"), call("builtins.bytes", integer(2**40))),
+        refused="bytes are built from something else",
+    ),
+    Attack(
+        "pickle of a range of 2^60",
+        pickled(text("n"), call("builtins.list", call("builtins.range", integer(2**60)))),
+        refused="a list is built from something else",
+    ),
+    Attack(
+        "pickle of a numpy array of 2^60",
+        pickled(
+            text("n"),
+            call(
+                "numpy.core.numeric._frombuffer",
+                b"C\4\0\0\0\0",
+                call("numpy.dtype", text("f4")),
+                integer(2**60) + b"\x85",
+                text("C"),
+            ),
+        ),
+        refused="bad arguments for numpy",
+    ),
+    *(
+        Attack(
+            f"pickle with a persistent id that is {name}",
+            pickled(text("bad"), identity + b"Q"),
+            refused="well-formed",
+        )
+        for name, identity in BAD_PERSISTENT.items()
+        if name != "a nested tuple"
+    ),
+    Attack(
+        "pickle with a persistent id that is a nested tuple",
+        pickled(text("bad"), BAD_PERSISTENT["a nested tuple"] + b"Q"),
+    ),
     Attack("pickle with a text for a persistent id", pickled(text("bad"), b"P1\n"), refused="well-formed"),
     # --- the same machine in other containers
     Attack("legacy pickle that runs os.system", lambda folder: legacy(folder, RUNS["os.system"](folder))),
     Attack("legacy pickle of a billion laughs", lambda folder: legacy(folder, doubled(60))),
-    Attack("plain pickle that runs os.system", lambda folder: plain(folder), refused=r"a plain pickle \(of os.system\)"),
-]  # fmt: skip
+    Attack(
+        "plain pickle that runs os.system",
+        lambda folder: plain(folder),
+        refused=r"a plain pickle \(of os.system\)",
+    ),
+]
 
 
 def legacy(folder: Path, entry: bytes) -> Path:

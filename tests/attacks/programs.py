@@ -83,7 +83,9 @@ TRIES: Mapping[str, tuple[str, ...]] = {
     "shifts a number": ("n = torch.__lshift__(1, 100000000000)",),
     "loops over a range of 10^30": (f"for i in range({10**30}):", "  y = 1"),
     "loops over a range of 10^12": (f"for i in range({10**12}):", "  y = 1"),
-    "splits into 10^9 tensors": ("y = torch.unbind(torch.expand(torch.unsqueeze(x, 0), [1000000000, -1, -1]), 0)",),
+    "splits into 10^9 tensors": (
+        "y = torch.unbind(torch.expand(torch.unsqueeze(x, 0), [1000000000, -1, -1]), 0)",
+    ),
     "loops over 10^9 rows": ("for y in torch.expand(x, [1000000000, -1]):", "  z = y"),
     "makes a tensor of 2^60": ("y = torch.zeros([1073741824, 1073741824])",),
     "makes a window of 2^40": ("y = torch.hann_window(1099511627776)",),
@@ -112,7 +114,10 @@ def meta(*sizes: int) -> dict[str, Any]:
     """What a .pt2 says about a float32 tensor."""
     strides = [4, 1][-len(sizes) :]
     return {
-        **{"dtype": 7, "requires_grad": False, "device": {"type": "cpu", "index": None}, "layout": 7},
+        "dtype": 7,
+        "requires_grad": False,
+        "device": {"type": "cpu", "index": None},
+        "layout": 7,
         "sizes": [{"as_int": size} for size in sizes],
         "strides": [{"as_int": step} for step in strides],
         "storage_offset": {"as_int": 0},
@@ -147,9 +152,7 @@ def program(*nodes: Mapping[str, Any]) -> dict[str, Any]:
     return {"graph_module": {"graph": graph, "signature": {"input_specs": specs, "output_specs": []}}}
 
 
-def exported(
-    document: Callable[[], bytes], entry: Mapping[str, Any] | None = None, **more: bytes
-) -> Build:
+def exported(document: Callable[[], bytes], entry: Mapping[str, Any] | None = None, **more: bytes) -> Build:
     """A .pt2 archive around a graph and a table of weights."""
 
     def build(folder: Path) -> Path:
@@ -182,37 +185,106 @@ def many(count: int) -> bytes:
 FILE = {"as_string": TOKEN}
 ATTACKS = [
     *(Attack(f"torchscript that {name}", script(*lines), shape="1x4") for name, lines in TRIES.items()),
-    Attack("torchscript of too much code", script(code=lambda: "x=1\n" * 300_000), refused="limit code_bytes = 1,048,576"),
-    Attack("torchscript of 1 MB of code", script(code=lambda: f"{HEAD}{LINE * 100_000}{RESULT}"), shape="1x4", seconds=60),
-    Attack("torchscript of 1 MB of numbers", script(code=lambda: f"{HEAD}    y = [{'1,' * 500_000}]\n{RESULT}"), shape="1x4",
-           seconds=60),
-    Attack("torchscript with a deep type", script(code=lambda: typed("List[" * 90 + "int" + "]" * 90)), shape="1x4"),
+    Attack(
+        "torchscript of too much code",
+        script(code=lambda: "x=1\n" * 300_000),
+        refused="limit code_bytes = 1,048,576",
+    ),
+    Attack(
+        "torchscript of 1 MB of code",
+        script(code=lambda: f"{HEAD}{LINE * 100_000}{RESULT}"),
+        shape="1x4",
+        seconds=60,
+    ),
+    Attack(
+        "torchscript of 1 MB of numbers",
+        script(code=lambda: f"{HEAD}    y = [{'1,' * 500_000}]\n{RESULT}"),
+        shape="1x4",
+        seconds=60,
+    ),
+    Attack(
+        "torchscript with a deep type",
+        script(code=lambda: typed("List[" * 90 + "int" + "]" * 90)),
+        shape="1x4",
+    ),
     Attack("torchscript with a type that runs", script(code=lambda: typed(f"exec('{TOKEN}')")), shape="1x4"),
     Attack("torchscript with a class of NUL", script(root=named(b"__torch__.ne\0ts")), shape="1x4"),
     Attack("torchscript with a class of builtins", script(root=named(b"builtins.exec")), shape="1x4"),
-    Attack("torchscript whose pickle runs", script(root=ROOT.replace(b"\x89", b"cos\nsystem\n" + text(TOKEN) + b"\x85R", 1)),
-           shape="1x4"),
-    Attack("torchscript that is no text", script(code=lambda: "\udcff".encode("utf-8", "surrogatepass").decode("latin1")),
-           shape="1x4"),
+    Attack(
+        "torchscript whose pickle runs",
+        script(root=ROOT.replace(b"\x89", b"cos\nsystem\n" + text(TOKEN) + b"\x85R", 1)),
+        shape="1x4",
+    ),
+    Attack(
+        "torchscript that is no text",
+        script(code=lambda: "\udcff".encode("utf-8", "surrogatepass").decode("latin1")),
+        shape="1x4",
+    ),
     # --- exported programs
     Attack("pt2 that is honest", exported(graph())),
-    *(Attack(f"pt2 that calls {target}", exported(graph(node(target, "z", FILE, reference("x")))))
-      for target in ("os.system", "torch.ops.aten.from_file.default", "torch.load", "_operator.exec", "torch.ops.evil.run")),
-    Attack("pt2 that calls an operator on no tensor", exported(graph(node(
-        "torch.ops.aten.zeros.default", "z", {"as_ints": [2**31, 2**31]})))),
-    Attack("pt2 whose constants grow", exported(graph(
-        node("torch.ops.aten.expand.default", "z", reference("p_w"), {"as_ints": [2**40, 4, 4]}),
-        node(MATMUL, "z", reference("x"), reference("z"))))),
-    Attack("pt2 that reads what nobody writes", exported(graph(node(MATMUL, "z", reference("gone"), reference("x"))))),
-    Attack("pt2 with a graph of 300 000 nodes", exported(lambda: many(300_000)), refused="limit nodes|limit json_values",
-           seconds=60),
-    Attack("pt2 with a graph 100 000 deep", exported(lambda: b'{"graph_module":' + b"[" * 10**5), refused="nested too deeply"),
-    Attack("pt2 with a graph of 6 million values", exported(lambda: b'{"a":[' + b"[]," * 3_000_000 + b"0]}"),
-           refused="limit json_values"),
+    *(
+        Attack(f"pt2 that calls {target}", exported(graph(node(target, "z", FILE, reference("x")))))
+        for target in (
+            "os.system",
+            "torch.ops.aten.from_file.default",
+            "torch.load",
+            "_operator.exec",
+            "torch.ops.evil.run",
+        )
+    ),
+    Attack(
+        "pt2 that calls an operator on no tensor",
+        exported(graph(node("torch.ops.aten.zeros.default", "z", {"as_ints": [2**31, 2**31]}))),
+    ),
+    Attack(
+        "pt2 whose constants grow",
+        exported(
+            graph(
+                node("torch.ops.aten.expand.default", "z", reference("p_w"), {"as_ints": [2**40, 4, 4]}),
+                node(MATMUL, "z", reference("x"), reference("z")),
+            )
+        ),
+    ),
+    Attack(
+        "pt2 that reads what nobody writes",
+        exported(graph(node(MATMUL, "z", reference("gone"), reference("x")))),
+    ),
+    Attack(
+        "pt2 with a graph of 300 000 nodes",
+        exported(lambda: many(300_000)),
+        refused="limit nodes|limit json_values",
+        seconds=60,
+    ),
+    Attack(
+        "pt2 with a graph 100 000 deep",
+        exported(lambda: b'{"graph_module":' + b"[" * 10**5),
+        refused="nested too deeply",
+    ),
+    Attack(
+        "pt2 with a graph of 6 million values",
+        exported(lambda: b'{"a":[' + b"[]," * 3_000_000 + b"0]}"),
+        refused="limit json_values",
+    ),
     Attack("pt2 with a graph that is no object", exported(lambda: b"[]"), refused="is a JSON list"),
     Attack("pt2 with a key twice", exported(lambda: b'{"a":1,"a":2}'), refused="has the key 'a' twice"),
-    Attack("pt2 with a weight in another record", exported(graph(), {"path_name": "../../models/model.json"}), refused="no record"),
-    Attack("pt2 with a weight of negative size", exported(graph(), {"tensor_meta": meta(-4, 4)}), refused="without file, type"),
-    Attack("pt2 with a weight of 2^62", exported(graph(), {"tensor_meta": meta(2**62, 4)}), refused="of a storage that has 64"),
-    Attack("pt2 with a pickled weight", exported(graph(), {"use_pickle": True}), lost="cannot be read: stored as a pickled tensor subclass"),
-]  # fmt: skip
+    Attack(
+        "pt2 with a weight in another record",
+        exported(graph(), {"path_name": "../../models/model.json"}),
+        refused="no record",
+    ),
+    Attack(
+        "pt2 with a weight of negative size",
+        exported(graph(), {"tensor_meta": meta(-4, 4)}),
+        refused="without file, type",
+    ),
+    Attack(
+        "pt2 with a weight of 2^62",
+        exported(graph(), {"tensor_meta": meta(2**62, 4)}),
+        refused="of a storage that has 64",
+    ),
+    Attack(
+        "pt2 with a pickled weight",
+        exported(graph(), {"use_pickle": True}),
+        lost="cannot be read: stored as a pickled tensor subclass",
+    ),
+]

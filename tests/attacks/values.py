@@ -51,7 +51,9 @@ def safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
         header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [at, at + value.nbytes]}
         at += value.nbytes
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(value.tobytes() for value in tensors.values()))
+    path.write_bytes(
+        struct.pack("<Q", len(text)) + text + b"".join(value.tobytes() for value in tensors.values())
+    )
     return path
 
 
@@ -64,7 +66,8 @@ def beside(value: float, where: tuple[int, int] = (0, 0)) -> Build:
 
 def scaled(factor: float) -> Build:
     return lambda folder: safetensors(
-        folder / "net.safetensors", {"w": WEIGHT, "v": (WEIGHT.astype(np.float64) * factor).astype(np.float32)}
+        folder / "net.safetensors",
+        {"w": WEIGHT, "v": (WEIGHT.astype(np.float64) * factor).astype(np.float32)},
     )
 
 
@@ -77,13 +80,19 @@ ATTACKS = [
     Attack("weight with a NaN", beside(float("nan")), failed=NOT_FINITE, clip=4),
     Attack("weight with an infinity", beside(float("inf"), (2, 1)), failed=NOT_FINITE, clip=4),
     Attack("weight with minus infinity", beside(float("-inf"), (3, 3)), failed=NOT_FINITE, clip=4),
-    Attack("weight with a signalling NaN", lambda folder: safetensors(
-        folder / "net.safetensors", {"w": WEIGHT, "v": np.full((4, 4), 0x7F800001, np.uint32).view(np.float32)}),
-        failed=NOT_FINITE, clip=4),
+    Attack(
+        "weight with a signalling NaN",
+        lambda folder: safetensors(
+            folder / "net.safetensors",
+            {"w": WEIGHT, "v": np.full((4, 4), 0x7F800001, np.uint32).view(np.float32)},
+        ),
+        failed=NOT_FINITE,
+        clip=4,
+    ),
     Attack("weight of denormals", scaled(1e-40)),
     Attack("weight near overflow", scaled(1e38)),
     Attack("weight with one large number", beside(3e38, (1, 2))),
     Attack("weight of zeros", scaled(0.0)),
     Attack("weight of minus zeros", scaled(-0.0)),
     *(Attack(f"name with {kind}", called(name)) for kind, name in NAMES.items() if kind != "nothing"),
-]  # fmt: skip
+]

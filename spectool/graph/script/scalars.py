@@ -112,8 +112,10 @@ SCALARS: Mapping[str, Callable[..., Any]] = {
 LONGEST = 1_000_000
 """Entries of the longest list or text that code may make."""
 _MOST_LEAVES = 10_000
-_NESTED = frozenset("str format join eq ne lt le gt ge __contains__ get _set_item Int Float".split())
-_GROWS = frozenset("add mul extend join list copy slice remainder".split())
+_NESTED_NAMES = "str format join eq ne lt le gt ge __contains__ get _set_item Int Float"
+_NESTED = frozenset(_NESTED_NAMES.split())
+_GROWS_NAMES = "add mul extend join list copy slice remainder"
+_GROWS = frozenset(_GROWS_NAMES.split())
 
 
 def scalar(name: str, arguments: list[Any], named: Mapping[str, Any]) -> Any:
@@ -170,7 +172,13 @@ def _check_growth(name: str, values: list[Any]) -> None:
     if name == "remainder" and sizes:
         raise GraphError("its code formats a text")
     if name == "join":
-        size += sum(len(item) for value in values if isinstance(value, list) for item in value if isinstance(item, str))
+        size += sum(
+            len(item)
+            for value in values
+            if isinstance(value, list)
+            for item in value
+            if isinstance(item, str)
+        )
     if size > LONGEST:
         raise GraphError(f"its code makes a list or text of more than {LONGEST} entries")
 
@@ -209,10 +217,11 @@ FACTORIES = frozenset(
 
 MOST_PIECES = 10_000
 """Tensors into which code may cut one, and rows over which it may loop."""
-_SPLITTERS = frozenset(
+_SPLITTER_NAMES = (
     "unbind split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk split_copy "
-    "unbind_copy split_with_sizes_copy unsafe_split_with_sizes".split()
+    "unbind_copy split_with_sizes_copy unsafe_split_with_sizes"
 )
+_SPLITTERS = frozenset(_SPLITTER_NAMES.split())
 SPOKEN = frozenset(
     {
         "pad",
@@ -271,7 +280,9 @@ def aten(name: str, arguments: list[Any], named: dict[str, Any]) -> Any:
     if any(isinstance(value, str) for value in values) and base not in SPOKEN:
         raise GraphError(f"its code calls aten::{name} with a string")
     if base in _SPLITTERS:
-        long = max((size for value in values if isinstance(value, torch.Tensor) for size in value.shape), default=0)
+        long = max(
+            (size for value in values if isinstance(value, torch.Tensor) for size in value.shape), default=0
+        )
         if long > MOST_PIECES:
             raise GraphError(f"its code cuts a very long tensor into pieces (aten::{name})")
     packet = getattr(torch.ops.aten, name, None)
