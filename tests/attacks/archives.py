@@ -173,7 +173,10 @@ ATTACKS = [
     ),
     Attack("zip with a compressed pickle", compressed("data.pkl")),
     Attack(
-        "zip bomb in the pickle", bomb(600 * 2**20), refused="limit pickle_bytes = 536,870,912", seconds=60
+        "zip bomb in the pickle",
+        bomb(50 * 2**20),
+        refused="limit pickle_bytes = 9,000,000",
+        options=("--limit", "pickle_bytes=9MB"),
     ),
     Attack(
         "zip bomb that denies itself",
@@ -239,10 +242,17 @@ ATTACKS = [
     Attack("zip64 with its end record at 2^60", changed(zip64(0, at=2**60)), refused="zip64 end record"),
     Attack("zip64 with 2^60 records", changed(lambda data: zip64(directory_of(data)[0], 2**60)(data))),
     Attack(
+        "zip with many records",
+        built(lambda: many_records(3000)),
+        refused="limit records = 2,000",
+        options=("--limit", "records=2000"),
+    ),
+    Attack(
         "zip with a million records",
         built(lambda: many_records(1_000_000)),
         refused="limit records = 500,000",
         seconds=60,
+        slow=True,
     ),
     Attack(
         "zip inside a zip",

@@ -49,9 +49,9 @@ ATTACKS = [
     Attack("view with a negative stride", view(stride=(-4, 1)), refused=SMALL),
     Attack("view with too few strides", view(stride=(1,)), refused="impossible shape"),
     Attack(
-        "view of a million axes",
-        view(shape=(1,) * 10**6, stride=(1,) * 10**6),
-        refused="impossible shape of 1000000",
+        "view of 100 000 axes",
+        view(shape=(1,) * 10**5, stride=(1,) * 10**5),
+        refused="impossible shape of 100000",
     ),
     Attack(
         "view of 64 axes of 2^60", view(shape=(2**60,) * 64, stride=(0,) * 64), refused="limit expanded_bytes"
@@ -60,7 +60,9 @@ ATTACKS = [
         "view of a terabyte by stride 0", view(shape=(2**40,), stride=(0,)), refused="limit expanded_bytes"
     ),
     Attack(
-        "view of no elements of a size of 2^62", beside(text("none"), tensor(shape=(0, 2**62), stride=(1, 1)))
+        "view of no elements of a size of 2^62",
+        beside(text("none"), tensor(shape=(0, 2**62), stride=(1, 1))),
+        clip=4,
     ),
     Attack("storage of more elements than its record", view(numel=2**40), refused="its record has 64 bytes"),
     Attack("storage that is not there", view(key="9"), refused="no record 'data/9'"),
@@ -69,14 +71,14 @@ ATTACKS = [
         "storage at an absolute path", view(key="/etc/hostname"), refused="no record 'data//etc/hostname'"
     ),
     Attack("storage of two types", retyped("LongStorage"), refused="16 elements; its record has 64 bytes"),
-    Attack("storage of smaller elements", retyped("HalfStorage")),
+    Attack("storage of smaller elements", retyped("HalfStorage"), clip=2),
     # What a clip writes through such a view it would write several times over.
     Attack("view that repeats its rows", beside(text("rows"), tensor(shape=(4, 4), stride=(0, 1))), clip=4),
     Attack("view whose windows overlap", beside(text("hankel"), tensor(shape=(4, 4), stride=(1, 1))), clip=4),
     Attack(
         "views that overlap each other",
-        beside(text("upper"), tensor(shape=(3, 4)), text("lower"), tensor(shape=(3, 4), offset=4)),
-        clip=4,
+        beside(text("upper"), tensor(shape=(3, 4)), text("halves"), tensor(shape=(2, 8), stride=(8, 1))),
+        clip=2,
     ),
     Attack("views that are transposes of each other", beside(text("t"), tensor(stride=(1, 4)))),
     Attack(

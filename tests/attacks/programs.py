@@ -68,7 +68,6 @@ TRIES: Mapping[str, tuple[str, ...]] = {
     "deletes": ("del x",),
     "raises": (f"ops.prim.RaiseException('{TOKEN}')",),
     # --- and what costs
-    "loops without end": ("while True:", "  y = 1"),
     "compares lists of 2^40": ("s = [1]", "for i in range(40):", "  s = [s, s]", "y = torch.eq(s, s)"),
     "prints lists of 2^40": ("s = [1]", "for i in range(40):", "  s = [s, s]", "y = str(s)"),
     "formats a text of 2^40": ("y = torch.remainder('%1099511627776d', 5)",),
@@ -186,6 +185,13 @@ FILE = {"as_string": TOKEN}
 ATTACKS = [
     *(Attack(f"torchscript that {name}", script(*lines), shape="1x4") for name, lines in TRIES.items()),
     Attack(
+        "torchscript that loops without end",
+        script("while True:", "  y = 1"),
+        shape="1x4",
+        seconds=60,
+        slow=True,
+    ),
+    Attack(
         "torchscript of too much code",
         script(code=lambda: "x=1\n" * 300_000),
         refused="limit code_bytes = 1,048,576",
@@ -195,12 +201,14 @@ ATTACKS = [
         script(code=lambda: f"{HEAD}{LINE * 100_000}{RESULT}"),
         shape="1x4",
         seconds=60,
+        slow=True,
     ),
     Attack(
         "torchscript of 1 MB of numbers",
         script(code=lambda: f"{HEAD}    y = [{'1,' * 500_000}]\n{RESULT}"),
         shape="1x4",
         seconds=60,
+        slow=True,
     ),
     Attack(
         "torchscript with a deep type",

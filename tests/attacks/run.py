@@ -1,8 +1,8 @@
 """Run attacks through the real command line and say what came of them: ``python tests/attacks/run.py [NAME…]``.
 
 Every attack runs in a process of its own (a fork of this one, in which torch is loaded already) under a limit on
-memory: what the process holds, twice the file's size and 1 GB. An audit hook notes everything that a file could have made
-Python do. With ``--json`` the result of each attack is one line for the tests; without, a table.
+memory: what the process holds, twice the file's size and 1 GB. An audit hook notes everything that a file could have
+made Python do. With ``--json`` the result of each attack is one line for the tests; without, a table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from attack import FOREIGN, TOKEN, Attack  # noqa: E402
 
-GROUPS = ("pickles", "archives", "geometry", "headers", "models", "programs", "folders", "values")
+GROUPS = (
+    "calls",
+    "pickles",
+    "archives",
+    "geometry",
+    "headers",
+    "models",
+    "external",
+    "programs",
+    "folders",
+    "values",
+)
 #: Events that reading, measuring or writing a checkpoint has no business with.
 FORBIDDEN = (
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"),
@@ -62,6 +73,8 @@ class Audit:
             return FOREIGN in str(arguments[0])
         if event == "exec":
             return TOKEN in repr(getattr(arguments[0], "co_consts", ""))
+        if event == "open" and not isinstance(arguments[0], int) and Path(os.fsdecode(arguments[0])).is_dir():
+            return False  # a temporary file without a name
         if event == "ctypes.dlopen":
             return TOKEN in str(arguments[0])
         if event == "open":
@@ -192,11 +205,14 @@ def results(names: list[str], *, exact: bool = False) -> Iterator[tuple[Attack, 
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / f"{FOREIGN}.py").write_text("")
         sys.path.append(place)
-        warm(Path(place))
+        chosen = [
+            attack
+            for attack in attacks.values()
+            if not names or (attack.name in names if exact else attack.name.startswith(tuple(names)))
+        ]
+        warm(Path(place), configured=any(attack.name.startswith("config") for attack in chosen))
         sys.addaudithook(audit)
-        for number, attack in enumerate(attacks.values()):
-            if names and not (attack.name in names if exact else attack.name.startswith(tuple(names))):
-                continue
+        for number, attack in enumerate(chosen):
             folder = Path(place) / str(number)
             folder.mkdir()
             yield (
@@ -205,14 +221,19 @@ def results(names: list[str], *, exact: bool = False) -> Iterator[tuple[Attack, 
             )
 
 
-def warm(place: Path) -> None:
-    """Import what commands import, once for all."""
+def warm(place: Path, *, configured: bool) -> None:
+    """Import what commands import, once for all; transformers only for configurations, which it builds."""
+    from folders import BERT, folder_of
     from models import linear
 
     from spectool.cli import main
 
     path = place / "warm.onnx"
     path.write_bytes(linear().SerializeToString())
+    if configured:
+        folder = folder_of({**BERT, "num_hidden_layers": 1})(place)
+        with captured():
+            main(["inspect", str(folder), "--list"])
     with captured():
         for arguments in (["inspect"], ["clip", "--max", "1.5", "-n"], ["ls"]):
             assert main([arguments[0], str(path), *arguments[1:]]) == 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from attack import FOREIGN, TOKEN, Attack
-from pickles import RUNS, trapped
+from calls import RUNS, trapped
 from run import everything
 
 HERE = Path(__file__).parent

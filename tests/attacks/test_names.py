@@ -34,7 +34,7 @@ def spectool(
     """Run the program on a file in which every name stands; return what it wrote to stdout."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".git").mkdir()
-    tensors = {name: WEIGHT for name in NAMES.values()}
+    tensors = dict.fromkeys(NAMES.values(), WEIGHT)
     safetensors(
         tmp_path / "net.safetensors",
         {**tensors, f"{TOKEN}\x1b[0m\n::error::": np.zeros((4, 4, 1, 2, 3, 4), np.float32)},
