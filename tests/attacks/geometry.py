@@ -53,6 +53,7 @@ ATTACKS = [
         view(shape=(1,) * 10**5, stride=(1,) * 10**5),
         refused="impossible shape of 100000",
     ),
+    Attack("view of 65 axes", view(shape=(1,) * 65, stride=(1,) * 65), refused="impossible shape of 65 axes"),
     Attack(
         "view of 64 axes of 2^60", view(shape=(2**60,) * 64, stride=(0,) * 64), refused="limit expanded_bytes"
     ),
@@ -71,6 +72,9 @@ ATTACKS = [
         "storage at an absolute path", view(key="/etc/hostname"), refused="no record 'data//etc/hostname'"
     ),
     Attack("storage of two types", retyped("LongStorage"), refused="16 elements; its record has 64 bytes"),
+    Attack(
+        "storage of a class that is none", retyped("OrderedDict"), refused="a storage of type 'OrderedDict'"
+    ),
     Attack("storage of smaller elements", retyped("HalfStorage"), clip=2),
     # What a clip writes through such a view it would write several times over.
     Attack("view that repeats its rows", beside(text("rows"), tensor(shape=(4, 4), stride=(0, 1))), clip=4),

@@ -277,7 +277,7 @@ ATTACKS = [
     ),
     Attack("onnx functions of a billion laughs", saved(functions(laughing(9), "f0")), refused="limit nodes"),
     Attack("onnx functions in functions", saved(functions(laughing(2), "f0")), seconds=60),
-    Attack("onnx branches 20 deep", saved(lambda: branches(8)), seconds=60),
+    Attack("onnx branches 20 deep", saved(lambda: branches(5)), seconds=60),
     Attack("onnx branches 10 000 deep", saved(linear, nested_if(10_000)), refused="does not parse"),
     Attack("onnx branches 30 deep", saved(linear, nested_if(30)), lost="has no two branches"),
     Attack(
@@ -289,7 +289,7 @@ ATTACKS = [
         "onnx names of nodes that are one",
         saved(
             lambda: model(
-                graph([*[helper.make_node("Relu", ["x"], ["r"]) for _ in range(5000)], product("r")])
+                graph([*[helper.make_node("Relu", ["x"], ["r"]) for _ in range(2000)], product("r")])
             )
         ),
         seconds=60,

@@ -207,6 +207,18 @@ ATTACKS = [
         refused="limit names = 5,000",
         options=("--limit", "names=5000"),
     ),
+    Attack("pickle without an end", whole(b"\x80\x02N"), refused="not a well-formed pickle"),
+    Attack("pickle without a beginning", whole(b""), refused="not a well-formed pickle"),
+    Attack(
+        "pickle of a bytearray of 2^60 bytes",
+        pickled(text("n"), b"\x96" + struct.pack("<Q", 2**60)),
+        refused="not a well-formed pickle",
+    ),
+    Attack(
+        "pickle of a size that is a number",
+        pickled(text("n"), call("torch.Size", integer(1))),
+        refused="bad arguments for torch.Size",
+    ),
     # --- numbers
     Attack(
         "pickle of an integer of 2^31 bytes",

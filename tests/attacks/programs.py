@@ -258,10 +258,17 @@ ATTACKS = [
         exported(graph(node(MATMUL, "z", reference("gone"), reference("x")))),
     ),
     Attack(
+        "pt2 with a graph of many nodes",
+        exported(lambda: many(200)),
+        refused="limit nodes = 100",
+        options=("--limit", "nodes=100"),
+    ),
+    Attack(
         "pt2 with a graph of 300 000 nodes",
         exported(lambda: many(300_000)),
-        refused="limit nodes|limit json_values",
+        refused="limit nodes = 250,000",
         seconds=60,
+        slow=True,
     ),
     Attack(
         "pt2 with a graph 100 000 deep",

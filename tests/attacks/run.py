@@ -38,6 +38,8 @@ GROUPS = (
     "folders",
     "values",
 )
+#: Whether to leave out commands that do what another does.
+FEW = "--json" in sys.argv and os.environ.get("SPECTOOL_ATTACKS") != "all"
 #: Events that reading, measuring or writing a checkpoint has no business with.
 FORBIDDEN = (
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"),
@@ -111,14 +113,18 @@ def captured() -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
             wrapper.detach()  # or it would close what it wrote to
 
 
-def commands(attack: Attack, path: Path, out: Path) -> dict[str, list[str]]:
+def commands(attack: Attack, path: Path, out: Path, *, few: bool = False) -> dict[str, list[str]]:
+    """Return command → arguments; only the two that tell most where time counts."""
     more = list(attack.options)
     shaped = [*more, "--input", attack.shape] if attack.shape else more
-    return {
+    found = {
         "ls": ["ls", str(path), "--format", "json", *more],
         "inspect": ["inspect", str(path), "--format", "json", "-k", "1", *shaped],
         "clip": ["clip", str(path), "--max", "1.5", "-o", str(out / "clipped"), "--format", "json", *shaped],
     }
+    if few and (attack.refused or attack.shape):
+        del found["inspect" if attack.refused else "clip"]
+    return found
 
 
 def perform(attack: Attack, folder: Path, audit: Audit) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def perform(attack: Attack, folder: Path, audit: Audit) -> dict[str, Any]:
     audit.allowed = (str(out.resolve()),)
     result: dict[str, Any] = {"size": size, "commands": {}}
     start = time.process_time()
-    for name, arguments in commands(attack, path, out).items():
+    for name, arguments in commands(attack, path, out, few=FEW).items():
         with captured() as (data, messages):
             audit.armed = True
             code = main(arguments)
