@@ -223,13 +223,17 @@ def renamed(make: Callable[[], Any], names: dict[str, str]) -> Callable[[], Any]
     return change
 
 
-def bombed(data: bytes) -> bytes:
+def bombed(count: int) -> Callable[[bytes], bytes]:
     """Numbers of one byte each that a parser keeps as eight."""
-    packed = b"\x08\x7a\x10\x07" + b"\x3a" + varint(150_000_000) + bytes(150_000_000)
-    proto = onnx.ModelProto.FromString(data)
-    body = proto.graph.SerializeToString() + b"\x2a" + varint(len(packed)) + packed
-    proto.ClearField("graph")
-    return proto.SerializeToString() + b"\x3a" + varint(len(body)) + body
+
+    def change(data: bytes) -> bytes:
+        packed = b"\x08\x7a\x10\x07" + b"\x3a" + varint(count) + bytes(count)
+        proto = onnx.ModelProto.FromString(data)
+        body = proto.graph.SerializeToString() + b"\x2a" + varint(len(packed)) + packed
+        proto.ClearField("graph")
+        return proto.SerializeToString() + b"\x3a" + varint(len(body)) + body
+
+    return change
 
 
 CYCLE = [helper.make_node("Add", ["x", "q"], ["p"]), helper.make_node("Relu", ["p"], ["q"]), product("q")]
@@ -245,10 +249,23 @@ ATTACKS = [
     ),
     Attack("onnx chain of 2000 nodes", saved(chain("Identity", 2_000))),
     Attack(
+        "onnx graph of many nodes",
+        saved(linear, empty_nodes(2000)),
+        refused="limit nodes = 1,000",
+        options=("--limit", "nodes=1000"),
+    ),
+    Attack(
+        "onnx constant of one-byte numbers",
+        saved(linear, bombed(9_000_000)),
+        refused="limit model_fields = 900,000",
+        options=("--limit", "model_fields=900_000"),
+    ),
+    Attack(
         "onnx graph of a million nodes",
         saved(linear, empty_nodes(1_000_000)),
         refused="limit nodes = 250,000",
         seconds=60,
+        slow=True,
     ),
     Attack(
         "onnx file of many fields",
@@ -264,7 +281,13 @@ ATTACKS = [
         slow=True,
     ),
     Attack("onnx chain of 50 000 nodes", saved(chain("Identity", 50_000)), seconds=100, slow=True),
-    Attack("onnx numbers of one byte", saved(linear, bombed), refused="limit model_fields", seconds=60),
+    Attack(
+        "onnx numbers of one byte",
+        saved(linear, bombed(150_000_000)),
+        refused="limit model_fields",
+        seconds=60,
+        slow=True,
+    ),
     Attack(
         "onnx function that calls itself",
         saved(functions({"f": ["f"]}, "f")),

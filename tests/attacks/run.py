@@ -8,6 +8,7 @@ made Python do. With ``--json`` the result of each attack is one line for the te
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -218,6 +219,7 @@ def results(names: list[str], *, exact: bool = False) -> Iterator[tuple[Attack, 
         ]
         warm(Path(place), configured=any(attack.name.startswith("config") for attack in chosen))
         sys.addaudithook(audit)
+        gc.freeze()  # or every child would copy all of this process's memory when it collects garbage
         for number, attack in enumerate(chosen):
             folder = Path(place) / str(number)
             folder.mkdir()
