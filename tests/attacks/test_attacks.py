@@ -1,8 +1,8 @@
 """Every attack through the real command line: refused in one line or read for what it holds, and nothing runs.
 
-What an attack is and what must come of it stands beside its builder (``pickles.py``, ``archives.py``…). They run in one
-process after another (``run.py``), under a limit on memory and with an audit hook that sees whatever Python is made to
-do. The slow ones run where ``SPECTOOL_ATTACKS=all`` is set.
+What an attack is and what must come of it stands beside its builder (``attack_pickles.py``, ``attack_archives.py``…). They
+run in one process after another (``run_attacks.py``), under a limit on memory and with an audit hook that sees whatever
+Python is made to do. The slow ones run where ``SPECTOOL_ATTACKS=all`` is set.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from attack import FOREIGN, TOKEN, Attack
-from calls import RUNS, trapped
-from run import everything
+from attack_calls import RUNS, trapped
+from run_attacks import everything
 
 HERE = Path(__file__).parent
 ATTACKS = everything()
@@ -32,7 +32,7 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
     """Run the attacks that are wanted, all in one go, because importing torch takes longer than most of them."""
     wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     names = [name for name in ATTACKS if name in wanted]
-    command = [sys.executable, "-W", "ignore", str(HERE / "run.py"), "--json", *names]
+    command = [sys.executable, "-W", "ignore", str(HERE / "run_attacks.py"), "--json", *names]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

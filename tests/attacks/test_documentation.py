@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from run import everything
+from run_attacks import everything
 
 ROOT = Path(__file__).parents[2]
 #: Vectors that the project set out to defend against; the table may hold more.

@@ -15,8 +15,8 @@ import numpy as np
 import openpyxl
 import pytest
 from attack import TOKEN, WEIGHT
+from attack_values import NAMES, safetensors
 from cli_runs import run_terminal
-from values import NAMES, safetensors
 
 from spectool.cli import main
 from spectool.report.text import visible

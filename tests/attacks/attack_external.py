@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attack import WEIGHT, Attack, Build
-from models import linear
+from attack_models import linear
 from onnx import TensorProto
 
 

@@ -1,4 +1,4 @@
-"""Run attacks through the real command line and say what came of them: ``python tests/attacks/run.py [NAME…]``.
+"""Run attacks through the real command line and say what came of them: ``python tests/attacks/run_attacks.py [NAME]``.
 
 Every attack runs in a process of its own (a fork of this one, in which torch is loaded already) under a limit on
 memory: what the process holds, twice the file's size and 1 GB. An audit hook notes everything that a file could have
@@ -200,7 +200,7 @@ def forked(action: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]
 
 def everything() -> dict[str, Attack]:
     """All attacks by name."""
-    attacks = [attack for group in GROUPS for attack in importlib.import_module(group).ATTACKS]
+    attacks = [attack for group in GROUPS for attack in importlib.import_module(f"attack_{group}").ATTACKS]
     assert len({attack.name for attack in attacks}) == len(attacks)
     return {attack.name: attack for attack in attacks}
 
@@ -231,8 +231,8 @@ def results(names: list[str], *, exact: bool = False) -> Iterator[tuple[Attack, 
 
 def warm(place: Path, *, configured: bool) -> None:
     """Import what commands import, once for all; transformers only for configurations, which it builds."""
-    from folders import BERT, folder_of
-    from models import linear
+    from attack_folders import BERT, folder_of
+    from attack_models import linear
 
     from spectool.cli import main
 

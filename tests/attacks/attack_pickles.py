@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from attack import WEIGHT, Attack, checkpoint, integer, tensor, text, torch_zip
-from calls import call, legacy
+from attack_calls import call, legacy
 
 
 def pickled(*entries: bytes) -> Callable[[Path], Path]:

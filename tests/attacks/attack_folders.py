@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attack import FOREIGN, TOKEN, WEIGHT, Attack, Build, checkpoint, text
-from calls import RUNS
+from attack_calls import RUNS
 
 ENTRY = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
 
