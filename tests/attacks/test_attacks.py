@@ -1,8 +1,8 @@
 """Every attack through the real command line: refused in one line or read for what it holds, and nothing runs.
 
-What an attack is and what must come of it stands beside its builder (``attack_pickles.py``, ``attack_archives.py``…). They
-run in one process after another (``run_attacks.py``), under a limit on memory and with an audit hook that sees whatever
-Python is made to do. The slow ones run where ``SPECTOOL_ATTACKS=all`` is set.
+What an attack is and what must come of it stands beside its builder (``attack_pickles.py``, ``attack_archives.py``…).
+They run in one process after another (``run_attacks.py``), under a limit on memory and with an audit hook that sees
+whatever Python is made to do. The slow ones run where ``SPECTOOL_ATTACKS=all`` is set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from attack import FOREIGN, TOKEN, Attack
 from attack_calls import RUNS, trapped
-from run_attacks import everything
+from run_attacks import Audit, everything
 
 HERE = Path(__file__).parent
 ATTACKS = everything()
@@ -134,6 +134,38 @@ def test_an_ordinary_unpickler_runs_the_payload(
     finally:
         sys.modules.pop(FOREIGN, None)
     assert (tmp_path / TOKEN).exists()
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments", "seen"),
+    [
+        ("os.system", (b"true",), True),
+        ("subprocess.Popen", ("true", [], None, None), True),
+        ("os.posix_spawn", ("true",), True),
+        ("socket.connect", (None, ("127.0.0.1", 9)), True),
+        ("pickle.find_class", ("os", "system"), True),
+        ("import", (FOREIGN, None, None, None, None), True),
+        ("exec", (compile(f"x = {TOKEN!r}", "<string>", "exec"),), True),
+        ("open", ("elsewhere", "w", 0), True),
+        ("open", ("elsewhere", None, os.O_CREAT | os.O_WRONLY), True),
+        ("os.remove", ("elsewhere", -1), True),
+        ("os.rename", ("out/a", "elsewhere", -1, -1), True),
+        ("os.rename", ("out/a", "out/b", -1, -1), False),
+        ("open", ("out/a", "wb", 0), False),
+        ("open", ("elsewhere", "rb", 0), False),
+        ("import", ("json", None, None, None, None), False),
+    ],
+)
+def test_the_audit_sees_what_it_should(
+    event: str, arguments: tuple[Any, ...], seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    audit = Audit()
+    audit(event, arguments)
+    assert audit.seen == []
+    audit.armed, audit.allowed = True, (str(tmp_path / "out"),)
+    audit(event, arguments)
+    assert bool(audit.seen) == seen
 
 
 def test_every_attack_has_a_name_that_can_be_run_alone() -> None:
