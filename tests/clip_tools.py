@@ -27,8 +27,14 @@ class DictWriter:
     def homes(self, name):
         return (name,) if name in self._constants else None
 
+    def derived(self, name):
+        return None
+
     def edits(self, updates, read=None):
         return dict(updates)
+
+    def readings(self, stored):
+        return (self.reload(stored),)
 
     def reload(self, stored):
         return lambda name: stored.get(name, self._constants[name])

@@ -157,7 +157,6 @@ def test_the_running_mean_follows_unless_told_not_to(spectool: Run) -> None:
     code, out, err = spectool(*arguments, "-o", "out.onnx")
     assert code == 0
     assert json.loads(out)["rows"][0]["recentered"] == ["down.bn.running_mean"]
-    assert "note: 1 running mean or bias follows the weights" in err
     old, new = (
         {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
         for path in (source, "out.onnx")
@@ -167,6 +166,14 @@ def test_the_running_mean_follows_unless_told_not_to(spectool: Run) -> None:
     assert {name for name in changed if not name.endswith("running_mean")} == {"down.conv.weight"}
     assert "down.bn.running_mean" in changed
     assert "stem.bn.running_mean" not in changed
+    # All that moved are told, with how far.
+    moved = {name: np.abs(new[name] - old[name]) for name in changed if name.endswith("running_mean")}
+    adjusted = json.loads(out)["adjusted"]
+    assert adjusted.keys() == moved.keys()
+    for name, shift in moved.items():
+        deviation = np.sqrt(old[name.replace("mean", "var")] + 1e-5)
+        assert adjusted[name] == pytest.approx((shift / deviation).max(), rel=1e-3)
+    assert f"note: {len(moved)} running means or biases follow the weights, by at most" in err
     _, out, err = spectool(*arguments, "-n", "--no-recenter")
     assert json.loads(out)["changed"] == ["down.conv.weight"]
     assert json.loads(out)["settings"]["recenter"] == "none"
@@ -271,6 +278,13 @@ def test_what_is_there_is_replaced_only_when_forced(spectool: Run, tmp_path: Pat
     code, _, err = spectool("net.safetensors", "--max", "1.5", "-o", "same.safetensors")
     assert "wrote same.safetensors: nothing changed, it is a copy" in err
     assert (tmp_path / "net.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+
+
+def test_the_file_itself_is_replaced_by_its_name_when_forced(spectool: Run, tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to("net.safetensors")
+    assert spectool("net.safetensors", "--max", "1.5", "-o", "link.safetensors", "--force")[0] == 0
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert sigma(load_file("net.safetensors")["fc3.weight"]) <= 1.5
 
 
 def test_reports_by_suffix_and_a_suffix_that_misleads(spectool: Run, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch, net: 
         f"clip {net} --max 2 --max fc1*=1 --prove --min-change --all-sizes --recenter bias --calibrate {inputs} "
         "-k 3 --input 1x2 --arch a:b --arch-args {} --no-recognise --trust --method symbol --tol 1e-4 "
         "--max-matvecs 9 --seed 5 --device cpu --dtype float64 --hash --level both --layers fc* --exclude fc9* "
-        f"--kind linear,conv2d --assume-bn --key ema -o {net} --force"
+        f"--kind linear,conv2d --assume-bn --key ema -o {net.parent / 'out'} --force"
     )
     assert main(text.split()) == library.SpectoolError.exit_code
     assert set(given) == set(signature(clip).parameters)
@@ -47,7 +47,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch, net: 
     assert given.pop("max").to_dict() == {"*": 2.0, "fc1*": 1.0}  # type: ignore[attr-defined]
     assert given == {
         "source": net,
-        "out": net,
+        "out": net.parent / "out",
         "force": True,
         "dry_run": False,
         "prove": True,

@@ -151,14 +151,30 @@ def test_moments_of_a_rectified_normal_are_those_of_samples() -> None:
         "y": Node("bn", BatchNorm(1e-5), ("x", "gamma", "beta", "mean", "var"), ("y",)),
         "z": Node("relu", Opaque("aten.relu.default"), ("y",), ("z",)),
     }
-    found = moments_of(producer, "z", table.__getitem__, {"y": torch.full((4,), 0.5, dtype=torch.float64)})
+    factor = np.random.default_rng(1).standard_normal((4, 3))
+    old = factor @ factor.T
+    old /= np.sqrt(np.diag(old))[:, None] * np.sqrt(np.diag(old))[None, :]
+    pair = (torch.from_numpy(old), 0.25 * torch.from_numpy(old))
+    found = moments_of(producer, "z", table.__getitem__, {"y": pair})
     assert isinstance(found, Moments)
-    source = np.random.default_rng(0).standard_normal((1_000_000, 1))
-    for share, mean, variance in (
-        (1.0, found.mean, found.variance),
-        (0.5, found.new_mean, found.new_variance),
+    source = np.random.default_rng(0).multivariate_normal(np.zeros(4), old, 1_000_000)
+    for share, mean, covariance in (
+        (1.0, found.mean, found.covariance),
+        (0.5, found.new_mean, found.new_covariance),
     ):
-        samples = np.maximum(0.0, beta.numpy() + share * np.abs(gamma.numpy()) * source)
+        samples = np.maximum(0.0, beta.numpy() + share * gamma.numpy() * source)
         np.testing.assert_allclose(mean.numpy(), samples.mean(0), atol=3e-3)
-        np.testing.assert_allclose(variance.numpy(), samples.var(0), atol=5e-3)
+        truth = np.cov(samples.T)
+        np.testing.assert_allclose(np.diag(covariance), np.diag(truth), atol=5e-3)
+        # Between channels two terms of a series are taken.
+        np.testing.assert_allclose(covariance.numpy(), truth, atol=0.02)
     assert moments_of(producer, "y", table.__getitem__, {}) is None
+
+
+def test_an_excess_that_was_misjudged_is_so_after_as_well() -> None:
+    floor = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    one = torch.ones(2, dtype=torch.float64)
+    before, after = floor + torch.tensor([0.4, 0.1]), floor + torch.tensor([0.2, 0.05])
+    found = Moments(before, one, after, one, floor).corrected(torch.tensor([0.1, -0.02], dtype=torch.float64))
+    np.testing.assert_allclose(found.mean, [0.5, 1.08])
+    np.testing.assert_allclose(found.new_mean, [0.25, 1.04])

@@ -10,8 +10,8 @@ import pytest
 from report_cases import small_report
 
 from spectool.errors import OutputError
+from spectool.report import files as module
 from spectool.report import write
-from spectool.report import writers as module
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:

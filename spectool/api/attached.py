@@ -20,6 +20,8 @@ from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import Checkpoint, TensorRef
 from spectool.errors import UsageError
 from spectool.graph import Skipped
+from spectool.graph.effective import Effective
+from spectool.graph.untouched import as_it_was
 from spectool.graph.writing import Writer
 
 Load = Callable[[str], Tensor]
@@ -121,13 +123,24 @@ class _LiveWriter:
 
     def reload(self, stored: Mapping[str, Tensor]) -> Load:
         """Return the loader of constants once ``stored`` tensors have these values and all others those of now."""
+        return self._loader(stored, 0)
 
+    def derived(self, name: str) -> Effective | None:
+        """Return the parametrisation behind a constant."""
+        return self.inner.derived(name)
+
+    def readings(self, stored: Mapping[str, Tensor]) -> tuple[Load, ...]:
+        """Return ``reload`` and what else ``stored`` values may come to."""
+        return tuple(self._loader(stored, index) for index, _ in enumerate(self.inner.readings(stored)))
+
+    def _loader(self, stored: Mapping[str, Tensor], which: int) -> Load:
         def load(name: str) -> Tensor:
             homes = self.inner.homes(name) or ()
             if not any(home in stored for home in homes):
                 return self.attached.load(name)
             now = {home: stored[home] if home in stored else self.attached.read(home) for home in homes}
-            return self.inner.reload(now)(name)
+            loaders = self.inner.readings(now)
+            return loaders[min(which, len(loaders) - 1)](name)
 
         return load
 
@@ -150,7 +163,7 @@ def attach(model: Module, selection: Selection, input_shape: InputShapes | None)
             f"a live module is needed, got {type(model).__name__}", hint="spectool.clip takes files"
         )
     module, group = unwrap(model)
-    with apart(), _as_it_was(module), _uncompiled():
+    with apart(), as_it_was(module), _uncompiled():
         job = open_job(module, Ways(), selection, input_shape)
     owners = {
         f"{path}.{leaf}" if path else leaf: (child, leaf)
@@ -225,22 +238,6 @@ def apart() -> Iterator[None]:
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state_all(cuda)
-
-
-@contextlib.contextmanager
-def _as_it_was(module: Module) -> Iterator[None]:
-    """Put back what a forward sets on submodules: weights that old hooks compute, counters, caches."""
-    before = [(child, dict(vars(child))) for child in module.modules()]
-    try:
-        yield
-    finally:
-        for child, attributes in before:
-            now = vars(child)
-            for name in set(now) - set(attributes):
-                del now[name]
-            for name, value in attributes.items():
-                if name not in now or now[name] is not value:
-                    now[name] = value
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +10,10 @@ from torch import Tensor
 
 from spectool.checkpoint import Checkpoint
 from spectool.errors import UsageError
+from spectool.graph.untouched import copied
 
 _MOST = 1024
 """Samples that are used; the means of so many are accurate to a few per cent of a standard deviation."""
-
-_FEWER, _WIDEST = 256, 2304
-"""Samples and taps up to which covariances are made."""
 
 Live = tuple[torch.nn.Module, Mapping[str, str]]
 
@@ -72,8 +68,8 @@ def calibrated_means(
         UsageError: If the network does not run on these inputs.
     """
     module, keys = live
-    old = _with_weights(module, checkpoint, keys, {})
-    new = _with_weights(module, checkpoint, keys, edits)
+    old = with_weights(module, checkpoint, keys, {})
+    new = with_weights(module, checkpoint, keys, edits)
     inputs = inputs.float() if inputs.is_floating_point() else inputs
     seen: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
@@ -115,85 +111,14 @@ def calibrated_means(
     return found
 
 
-def tap_covariances(live: Live, checkpoint: Checkpoint, inputs: Tensor) -> dict[str, Tensor]:
-    """Return the covariance of what every row of a convolution or matrix sees on these inputs.
-
-    Args:
-        live: The module and its keys.
-        checkpoint: Holds the weights.
-        inputs: ``(n, …)``, of the first n = 256.
-
-    Returns:
-        Checkpoint key of the weight → H ``(taps, taps)`` plus 3 % of its mean diagonal; convolutions of one group
-        and linear layers of at most 2304 taps only.
-
-    Raises:
-        UsageError: If the network does not run on these inputs.
-    """
-    module, keys = live
-    program = _with_weights(module, checkpoint, keys, {})
-    inputs = inputs[:_FEWER].float() if inputs.is_floating_point() else inputs[:_FEWER]
-    found: dict[str, Tensor] = {}
-
-    def see(name: str) -> object:
-        def hook(layer: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            rows = _taps(layer, arguments[0])
-            if rows is None or rows.shape[1] > _WIDEST:
-                return
-            rows = rows.double()
-            centred = rows - rows.mean(dim=0)
-            covariance = centred.T @ centred / max(1, len(rows))
-            ridge = 0.03 * float(covariance.diagonal().mean()) + 1e-300
-            parameter = f"{name}.weight" if name else "weight"
-            found[keys.get(parameter, parameter)] = covariance + ridge * torch.eye(
-                len(covariance), dtype=torch.float64
-            )
-
-        return hook
-
-    with torch.no_grad():
-        for name, child in program.named_modules():
-            if isinstance(child, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)):
-                child.register_forward_pre_hook(see(name))  # type: ignore[arg-type]
-        try:
-            program(inputs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UsageError(
-                f"the network does not run on inputs {tuple(inputs.shape)}: {str(error).splitlines()[0]}",
-                hint="--calibrate wants a batch as the network takes it",
-            ) from error
-    return found
-
-
-def _taps(layer: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """Return what the rows of a layer's weight are multiplied with ``(samples, taps)``; None for other layers."""
-    if isinstance(layer, torch.nn.Linear):
-        return x.reshape(-1, x.shape[-1])
-    if not isinstance(layer, torch.nn.modules.conv._ConvNd) or layer.groups != 1 or layer.transposed:
-        return None
-    channels, taps = layer.in_channels, math.prod(layer.kernel_size)
-    if channels * taps > _WIDEST:
-        return None
-    alike = copy.deepcopy(layer)
-    one_hot = (
-        torch.eye(taps)
-        .reshape(taps, 1, *layer.kernel_size)
-        .repeat(channels, *[1] * (len(layer.kernel_size) + 1))
-    )
-    alike.weight, alike.bias = torch.nn.Parameter(one_hot), None
-    alike.groups, alike.out_channels = channels, channels * taps
-    patches: Tensor = alike.forward(x)  # not the call: the copy has the hook, too
-    return patches.flatten(2).transpose(1, 2).reshape(-1, channels * taps)
-
-
-def _with_weights(
+def with_weights(
     module: torch.nn.Module, checkpoint: Checkpoint, keys: Mapping[str, str], edits: Mapping[str, Tensor]
 ) -> torch.nn.Module:
     """Return a copy of a module with the file's weights, edited, in evaluation mode and float32."""
     if any(value.is_meta for value in module.state_dict().values()):
-        made = copy.deepcopy(module).to_empty(device="cpu")
+        made = copied(module).to_empty(device="cpu")
     else:
-        made = copy.deepcopy(module)
+        made = copied(module)
     made = made.float().eval()
     with torch.no_grad():
         for name, value in made.state_dict(keep_vars=True).items():

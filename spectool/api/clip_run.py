@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectool.api.calibration import calibrated_means
+from spectool.api.covariances import Covariances
 from spectool.api.job import Job, numbered
 from spectool.api.limits import Bounds
 from spectool.api.rows import Load, Options, analysed_row, listed_row
@@ -41,6 +43,7 @@ class Entry:
     projected: Projected | None = None
     raw_change: float | None = None
     recentered: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass
@@ -55,7 +58,8 @@ class ClipRun:
     prove: bool
     progress: Progress
     edits: dict[str, Tensor] = field(default_factory=dict)
-    covariances: Mapping[str, Tensor] = field(default_factory=dict)
+    adjusted: dict[str, float] = field(default_factory=dict)
+    covariances: Covariances | None = None
 
     def measure(self, index: int, item: Region | Skipped, bounds: Bounds, kinds: Sequence[str]) -> Entry:
         """Return a row as it is before, and whether anything is asked of it."""
@@ -68,7 +72,8 @@ class ClipRun:
         row = analysed_row(item, self.job.load, self.options, report)
         if row.status != "ok" or not row.sigma or limit is None:
             return Entry(item, row, limit, "refused", row.note or "it was not analysed")
-        return Entry(item, row, limit, "clip" if row.sigma[0] > limit else "kept")
+        action = "clip" if row.sigma[0] > limit else "kept"
+        return Entry(item, row, limit, action, seconds=row.seconds or 0.0)
 
     def clip(self, entries: list[Entry]) -> None:
         """Project every problem that has a row above its limit; collect edits of stored tensors."""
@@ -87,6 +92,7 @@ class ClipRun:
                 continue
             report = numbered(self.progress, problem.key, number, len(problems))
             report(Step(problem.key))
+            start = time.perf_counter()
             try:
                 projected, stored = self._solve(problem, members, report)
             except OperatorError as error:
@@ -95,9 +101,11 @@ class ClipRun:
                         entry.action, entry.reason = "refused", f"{error}"
                 continue
             self.edits.update(stored.edits)
+            spent = (time.perf_counter() - start) / len(members)
             for entry in members:
+                entry.seconds += spent
                 entry.projected = projected
-                entry.raw_change = _raw_change(stored.edits, self.checkpoint)
+                entry.raw_change = self._raw_change(problem, stored)
                 if entry.action == "clip":
                     entry.action = "clipped"
 
@@ -106,7 +114,8 @@ class ClipRun:
     ) -> tuple[Projected, Stored]:
         if self.writer is None:
             raise OperatorError("nothing can be written back to this source")
-        read = self.checkpoint.read
+        # Several problems may change parts of one tensor: each goes on from what the ones before it made.
+        read: Load = lambda name: self.edits[name] if name in self.edits else self.checkpoint.read(name)  # noqa: E731
         homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
         for home in sorted(homes):
             if home not in self.checkpoint.tensors:
@@ -118,15 +127,45 @@ class ClipRun:
         before = 0.0
         for entry in members:
             before = max(before, entry.row.sigma[0] / (entry.limit or 1.0))
-        seen = {name: (self.writer.homes(name) or ("",))[0] for name in problem.names}
-        known = {name: self.covariances[home] for name, home in seen.items() if home in self.covariances}
-        projected = solve(problem, before, replace(self.clip_options, covariances=known), progress)
+        projected = solve(problem, before, self._with_covariances(problem), progress)
         seed = self.clip_options.seed
         stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
         if self.prove:
             stored = prove_limit(problem, projected.weights, stored, self.writer, types, read, seed=seed)
         final = {name: stored.load(name).double() for name in problem.names}
-        return replace(projected, change=projected.distance(final)), stored
+        note = "; ".join(text for text in (projected.note, training_remark(problem, self.writer)) if text)
+        return replace(projected, change=projected.distance(final), note=note), stored
+
+    def wanted(self, entries: Sequence[Entry]) -> set[str]:
+        """Return the stored tensors, one to a weight, of all weights that may change."""
+        if self.writer is None:
+            return set()
+        names = [node.inputs[1] for e in entries if e.action == "clip" for node in _operators(e.item)]
+        return {homes[0] for name in names if (homes := self.writer.homes(name))}
+
+    def _with_covariances(self, problem: Problem) -> ClipOptions:
+        """Return the options with what is known of the constants of a problem."""
+        if self.covariances is None or self.writer is None:
+            return self.clip_options
+        seen = {name: (self.writer.homes(name) or ("",))[0] for name in problem.names}
+        found, missing = self.covariances.found, self.covariances.missing
+        return replace(
+            self.clip_options,
+            covariances={name: found[home] for name, home in seen.items() if home in found},
+            uncovered={"": missing[""]}
+            | {name: missing[home] for name, home in seen.items() if home in missing},
+        )
+
+    def _raw_change(self, problem: Problem, stored: Stored) -> float:
+        """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed, or over the weights that they make."""
+        made = [name for name in problem.names if self.writer is not None and self.writer.derived(name)]
+        if made:
+            pairs = [(problem.load(name), stored.load(name)) for name in made]
+        else:
+            pairs = [(self.checkpoint.read(name), value) for name, value in stored.edits.items()]
+        moved = sum(float((new.double() - old.double()).square().sum()) for old, new in pairs)
+        total = sum(float(old.double().square().sum()) for old, _ in pairs)
+        return float((moved / total) ** 0.5) if total > 0 else 0.0
 
     def recentre(self, entries: Sequence[Entry], inputs: Tensor | None, *, biases: bool) -> None:
         """Move the running means (or biases) behind changed weights."""
@@ -165,6 +204,8 @@ class ClipRun:
                 if known is not None and can_write(self.checkpoint, home) is None and home not in self.edits:
                     self.edits[home] = tensor.to(self.checkpoint.read(home).dtype)
                     stored[name] = home
+                    if name in found.shifts:
+                        self.adjusted[home] = found.shifts[name]
         for entry in entries:
             if isinstance(entry.item, Region):
                 reads = [name for node in entry.item.nodes for name in node.inputs]
@@ -201,6 +242,7 @@ class ClipRun:
             loose = after_row.upper is None or after_row.upper > (limit or 0.0)
             if loose or after_row.upper_kind == "probabilistic":
                 after_row = refined_row(item, load, cold, after_row) or after_row
+            after_row = replace(after_row, seconds=(after_row.seconds or 0.0) + entry.seconds)
         after = _enclosed(after_row)
         after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
         if entry.action == "refused" or entry.projected is None:
@@ -262,14 +304,10 @@ def not_gated(item: Region | Skipped, limit: float | None, kinds: Sequence[str])
     return "" if limit is not None else "no limit matches it"
 
 
-def _raw_change(edits: Mapping[str, Tensor], checkpoint: Checkpoint) -> float:
-    """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed."""
-    moved = total = 0.0
-    for name, value in edits.items():
-        old = checkpoint.read(name).double()
-        moved += float((value.double() - old).square().sum())
-        total += float(old.square().sum())
-    return (moved / total) ** 0.5 if total > 0 else 0.0
+def training_remark(problem: Problem, writer: Writer) -> str:
+    """Return what a forward in training mode makes of new weights, in words; empty where they stay."""
+    made = [writer.derived(name) for name in problem.names]
+    return next((weight.training for weight in made if weight is not None and weight.training), "")
 
 
 def _disturbed(before: Row, after: Row, limit: float) -> float | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectool.api.calibration import read_inputs, tap_covariances
+from spectool.api.calibration import read_inputs
 from spectool.api.clip_run import ClipRun
+from spectool.api.covariances import tap_covariances
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.api.job import Selection, open_job, report_of, settings_of
 from spectool.api.limits import Bounds, as_bounds
@@ -19,9 +22,10 @@ from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import write_checkpoint
 from spectool.checkpoint.limits import DEFAULT, Limits
+from spectool.checkpoint.patch.place import destination
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
-from spectool.errors import OutputError, UsageError
+from spectool.errors import OutputError, SpectoolError, UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.clip import ClipReport
 
@@ -159,50 +163,70 @@ def clip(
         raise UsageError("only a file can be clipped here", hint="use spectool.clip_ for a live module")
     clip_options = ClipOptions(method, exact, all_sizes, seed, options.device)
     run = ClipRun(job, checkpoint, writer, options, clip_options, prove, progress)
-    if inputs is not None:
-        if job.found.survey.live is None:
-            raise UsageError(
-                "--calibrate runs the network, and this file has no program that may run",
-                hint="give --arch, or --trust for a pickled module",
-            )
-        progress(Step("calibrating"))
-        run.covariances = tap_covariances(job.found.survey.live, checkpoint, inputs)
+    if inputs is not None and job.found.survey.live is None:
+        raise UsageError(
+            "--calibrate runs the network, and this file has no program that may run",
+            hint="give --arch, or --trust for a pickled module",
+        )
     entries = [run.measure(index, item, bounds, kinds) for index, item in enumerate(job.items)]
+    if inputs is not None and job.found.survey.live is not None:
+        progress(Step("calibrating"))
+        run.covariances = tap_covariances(job.found.survey.live, checkpoint, inputs, run.wanted(entries))
     run.clip(entries)
     if recenter != "none" and run.edits:
         run.recentre(entries, inputs, biases=recenter == "bias")
     if target is not None:
         progress(Step("writing"))
         write_checkpoint(checkpoint, target, run.edits, force=force)
-        again = open_job(target, ways, selection, input_shape)
-        load: Load = again.load
-        items = {(item.key, level_of(item)): item for item in again.items}
-        job_after = again
-    else:
-        load = job.load if writer is None else writer.reload(run.edits)
-        items = {(item.key, level_of(item)): item for item in job.items}
-        job_after = job
-    rows = tuple(run.certified(entry, items, load) for entry in entries)
-    report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
+    with _remembered(target):
+        if target is not None:
+            job_after = open_job(target, ways, selection, input_shape)
+            load: Load = job_after.load
+        else:
+            job_after = job
+            load = job.load if writer is None else writer.reload(run.edits)
+        items = {(item.key, level_of(item)): item for item in job_after.items}
+        rows = tuple(run.certified(entry, items, load) for entry in entries)
+        report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
     return ClipReport(
         rows,
         report,
         None if target is None else str(target),
         tuple(run.edits),
         prove,
+        run.adjusted,
         tensors=len(checkpoint.tensors),
         source=str(source),
     )
 
 
+@contextmanager
+def _remembered(target: Path | None) -> Iterator[None]:
+    """Whatever ends the measuring of what was written says that it was written."""
+    try:
+        yield
+    except SpectoolError as error:
+        if target is None:
+            raise
+        raise OutputError(
+            f"{target} was written, but could not be measured: {error}",
+            hint=error.hint or f"`spectool check {target}` measures it",
+        ) from error
+    except KeyboardInterrupt as stop:
+        if target is not None:
+            stop.add_note(f"{target} was written, but not measured: `spectool check` does that")
+        raise
+
+
 def _checked_target(source: Path, out: Path, force: bool) -> Path:
     """Refuse a target that cannot be meant before anything is computed."""
-    if out.exists() and not force:
-        same = source.exists() and out.samefile(source)
+    if os.path.lexists(out) and not force:
+        same = out.exists() and source.exists() and out.samefile(source)
         raise OutputError(
             f"{out} is the file to read" if same else f"{out} exists already",
             hint="--in-place --force replaces it" if same else "--force replaces it",
         )
     if not out.parent.exists():
         raise OutputError(f"there is no folder {out.parent}", hint="create it first")
+    destination(out, force)
     return out

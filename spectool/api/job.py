@@ -121,7 +121,8 @@ def report_of(
         settings: Every option that shapes the numbers.
         hash: Whether to hash the file.
     """
-    sha256 = sha256_of(Path(found.path), found.limits) if hash and found.path else None
+    # Of the bytes that were analysed: a file that was replaced meanwhile is an error.
+    sha256 = sha256_of(found.checkpoint) if hash and found.checkpoint is not None else None
     return Report(tuple(rows), found.path, found.format, sha256, settings, __version__, found.notes)
 
 

@@ -45,8 +45,9 @@ def clip_(
 
     Operators are those of evaluation mode, whatever mode the module is in; its mode, buffers, gradients, random
     state, and the identity, type and layout of its parameters stay. Only weights of operators above their limit
-    change, all of them at the end. A weight that cannot be set (computed from other parameters) is a ``refused`` row
-    that says so.
+    change, all of them at the end. Under weight norm and spectral norm the parameters behind a weight change; what old
+    hooks keep as ``weight`` is new from the next forward on. A weight that cannot be set (computed from other
+    parameters in another way) is a ``refused`` row that says so.
 
     Args:
         module: The module, or a ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` wrapper of it;

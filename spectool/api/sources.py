@@ -41,11 +41,6 @@ class Found:
     notes: tuple[str, ...]
     checkpoint: Checkpoint | None = None
 
-    @property
-    def limits(self) -> Limits:
-        """What the file may ask for."""
-        return self.checkpoint.limits if self.checkpoint else DEFAULT
-
 
 @dataclass(frozen=True)
 class Ways:
@@ -173,6 +168,8 @@ def _trusted(checkpoint: Checkpoint, shapes: Mapping[str, Shape | Scalar] | None
             f"{checkpoint.path}: its module cannot be unpickled ({type(error).__name__}: {text})",
             hint="its classes must be importable from here; without --trust the file is read as data",
         ) from error
+    for source in getattr(checkpoint.reader, "sources", {}).values():
+        source.check()
     module = _module_in(loaded)
     if module is None:
         raise CheckpointError(f"{checkpoint.path} holds no module", hint="leave --trust away")

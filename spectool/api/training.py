@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spectool.api.attached import apart, attach
-from spectool.api.clip_run import not_gated
+from spectool.api.clip_run import not_gated, training_remark
 from spectool.api.job import Selection
 from spectool.api.limits import Bounds
 from spectool.api.live import checked_limits, clip_attached
@@ -57,8 +57,8 @@ class SpectralClipper:
         on_step: Receives operator key → estimate of σ₁ after every step.
 
     Attributes:
-        refused: Key → why an operator is not clipped: its weight cannot be set, or no weight obeys its limit; said
-            once by a warning, too.
+        refused: Key → why an operator is not clipped: its weight cannot be set, training makes it anew (spectral
+            norm), or no weight obeys its limit; said once by a warning, too.
         applications: Operator applications so far.
 
     Raises:
@@ -149,8 +149,16 @@ class SpectralClipper:
         problems, refused = group(constraints, self._attached.load, writer)
         self.refused.update({names[index]: reason for index, reason in refused.items()})
         by_region = {id(one.region): one for one in self._followed.values()}
-        if writer is not None:
-            self._problems = [tracked(problem, writer, self._triplets, by_region) for problem in problems]
+        key_of = {id(one.region): name for name, one in self._followed.items()}
+        for problem in problems:
+            if writer is None:
+                break
+            remark = training_remark(problem, writer)
+            if remark:
+                keys = [key_of[id(constraint.region)] for constraint in problem.constraints]
+                self.refused.update(dict.fromkeys(keys, f"{remark}: only finish() and clip_ can clip it"))
+            else:
+                self._problems.append(tracked(problem, writer, self._triplets, by_region))
         if self.refused:
             self._warn(self.refused)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.checkpoint.open import open_checkpoint
-from spectool.errors import CheckpointError
+from spectool.checkpoint.source import Source, unreadable
+from spectool.checkpoint.types import Checkpoint
 
 _BLOCK = 1 << 20
 
 
-def sha256_of(path: str | Path, limits: Limits = DEFAULT) -> str:
+def sha256_of(checkpoint: str | Path | Checkpoint) -> str:
     """Return the SHA-256 of a checkpoint in hex.
 
     Of one file it is the SHA-256 of its bytes (of the packed bytes of a ``.gz``), as ``sha256sum`` prints it. A
@@ -21,30 +23,34 @@ def sha256_of(path: str | Path, limits: Limits = DEFAULT) -> str:
     name; names are relative to the folder. Configuration files do not count.
 
     Args:
-        path: A checkpoint file or folder.
-        limits: What the file may ask for.
+        checkpoint: A path; or a checkpoint that was opened before, whose files must not have changed since.
 
     Raises:
         CheckpointError: If it cannot be read.
+        CorruptFile: If a file changed.
     """
-    path = Path(path)
-    files = {ref.file for ref in open_checkpoint(path, limits=limits).tensors.values()}
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    path = checkpoint.path
+    sources: Mapping[Path, Source] = getattr(checkpoint.reader, "sources", {})
+    files = {ref.file for ref in checkpoint.tensors.values()}
     folder = path if path.is_dir() else path.parent
     if not path.is_dir():
         files.add(path)
+    digests = {file: _of_file(sources.get(file) or Source(file)) for file in files}
     if files == {path}:
-        return _of_file(path)
+        return digests[path]
     names = sorted((file.relative_to(folder).as_posix(), file) for file in files)
-    lines = "".join(f"{_of_file(file)}  {name}\n" for name, file in names)
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+    lines = "".join(f"{digests[file]}  {name}\n" for name, file in names)
+    return hashlib.sha256(os.fsencode(lines)).hexdigest()
 
 
-def _of_file(path: Path) -> str:
+def _of_file(source: Source) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
+    with source.descriptor() as descriptor:
+        try:
+            while block := os.read(descriptor, _BLOCK):
                 digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check the path") from error
+        except OSError as error:
+            raise unreadable(source.path, error) from error
     return digest.hexdigest()

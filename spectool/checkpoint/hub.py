@@ -10,7 +10,7 @@ from typing import Any
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.read import ShardReader
-from spectool.checkpoint.source import Source
+from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse, UnrecognisedFormat
 
@@ -111,7 +111,7 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     # A pipeline keeps one model per folder: unet, vae, text_encoder…
     found = [entry.name for entry in entries if any((entry / name).is_file() for name in _WEIGHTS)]
     found += [entry.name for entry in entries if entry.name.endswith(_SUFFIXES)]

@@ -14,7 +14,7 @@ from spectool.checkpoint.onnxwire import is_onnx
 from spectool.checkpoint.recognise import refuse, refuse_zip
 from spectool.checkpoint.safetensors import is_safetensors, open_safetensors
 from spectool.checkpoint.script import open_exported, open_torchscript
-from spectool.checkpoint.source import Source
+from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.torchfile import is_legacy, open_legacy, open_torch_zip
 from spectool.checkpoint.types import Checkpoint
 from spectool.errors import UsageError
@@ -44,22 +44,19 @@ def open_checkpoint(path: str | Path, *, key: str | None = None, limits: Limits 
         NothingToAnalyse: If the container is sound and holds no tensor.
     """
     path = Path(path)
-    if _is_folder(path):
-        checkpoint = open_folder(path, partial(_open_file, key=None, limits=limits))
-    else:
-        checkpoint = _open_file(path, key=key, limits=limits)
+    try:
+        if path.is_dir():
+            checkpoint = open_folder(path, partial(_open_file, key=None, limits=limits))
+        else:
+            checkpoint = _open_file(path, key=key, limits=limits)
+    except OSError as error:
+        # Of a name that cannot be, a folder that may not be searched: whatever is asked about files on the way.
+        raise unreadable(Path(error.filename or path), error) from error
     if key is not None and checkpoint.format not in _NESTED:
         raise UsageError(f"{path} ({checkpoint.format}) holds one set of tensors: key {key!r} cannot choose")
     for ref in checkpoint.tensors.values():
         limits.check("tensor_bytes", ref.numel * ITEMSIZE.get(ref.dtype, 1), f"{path}: tensor {ref.name!r}")
     return replace(checkpoint, limits=limits)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # what opening it says about it is clearer
-        return False
 
 
 def _open_file(path: Path, *, key: str | None, limits: Limits, shard: bool = False) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from spectool.checkpoint.limits import Limits
-from spectool.errors import CheckpointError, CorruptFile, LimitExceeded
+from spectool.errors import CheckpointError, CorruptFile
 
 #: Unpacked gzip up to this size stays in memory; more goes to a temporary file.
 IN_MEMORY = 64 * 2**20
@@ -40,7 +41,9 @@ class Source:
             status = path.stat()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file or directory", hint="check the path") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except ValueError as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a regular file", hint="name a checkpoint file or a folder")
@@ -73,17 +76,20 @@ class Source:
         """Fill ``buffer`` with the bytes from ``start``; errors as ``read``."""
         self._inside(start, len(buffer), what)
         with self._opened() as stream:
-            stream.seek(self.base + start)
-            done = 0
-            while done < len(buffer):
-                # One call returns at most 2 GiB on Linux.
-                count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]
-                if not count:
-                    raise CorruptFile(
-                        f"{self.path} ends in the middle of {what}",
-                        hint="the file was cut short: copy it again",
-                    )
-                done += count
+            try:
+                stream.seek(self.base + start)
+                done = 0
+                while done < len(buffer):
+                    # One call returns at most 2 GiB on Linux.
+                    count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]
+                    if not count:
+                        raise CorruptFile(
+                            f"{self.path} ends in the middle of {what}",
+                            hint="the file was cut short: copy it again",
+                        )
+                    done += count
+            except OSError as error:
+                raise unreadable(self.path, error, what) from error
 
     def head(self, size: int) -> bytes:
         """Return the first ``size`` bytes, or fewer where the file is shorter."""
@@ -104,19 +110,33 @@ class Source:
         try:
             number = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise unreadable(self.path, error) from error
         try:
-            self._check(os.fstat(number))
+            self._check(number)
             yield number
-            self._check(os.fstat(number))
+            self._check(number)
         finally:
             os.close(number)
-        try:
-            self._check(self.path.stat())
-        except OSError as error:
-            raise CorruptFile(f"{self.path} vanished while it was read ({error.strerror})") from error
+        self.check()
 
-    def _check(self, status: os.stat_result) -> None:
+    def check(self) -> None:
+        """Ask whether the file is still the one whose structure was read.
+
+        Raises:
+            CorruptFile: If it changed or vanished.
+        """
+        self._check(None)
+
+    def _check(self, descriptor: int | None) -> None:
+        try:
+            status = self.path.stat() if descriptor is None else os.fstat(descriptor)
+        except FileNotFoundError as error:
+            raise CorruptFile(
+                f"{self.path} vanished while it was read ({error.strerror})",
+                hint="run again when nothing moves it",
+            ) from error
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         if _stamp(status) != self._stamp:
             raise CorruptFile(
                 f"{self.path} changed after it was opened", hint="run again when nothing writes to it"
@@ -144,10 +164,12 @@ class Source:
         try:
             stream = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise unreadable(self.path, error) from error
         with stream:
-            self._check(os.fstat(stream.fileno()))
+            self._check(stream.fileno())
             yield stream
+            # Bytes that changed while they were read may be a mixture.
+            self._check(stream.fileno())
 
     @classmethod
     def unpacked(cls, packed: Source, limits: Limits) -> Source:
@@ -173,7 +195,13 @@ class Source:
             raise CorruptFile(
                 f"{packed.path}: damaged gzip stream ({error})", hint="copy or download it again"
             ) from error
-        except (LimitExceeded, CorruptFile):
+        except OSError as error:
+            spool.close()
+            raise CheckpointError(
+                f"{packed.path}: cannot be unpacked to a temporary file ({error.strerror or error})",
+                hint="make room in the folder for temporary files, or name another in TMPDIR",
+            ) from error
+        except BaseException:
             spool.close()
             raise
         source = cls.__new__(cls)
@@ -216,6 +244,20 @@ class _Stream(io.RawIOBase):
             self._source.read_into(self._at, memoryview(buffer)[:size])
             self._at += size
         return size
+
+
+def unreadable(path: Path, error: OSError, what: str = "") -> CheckpointError:
+    """Return what is raised where the system refuses to read a file."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = "ask for permission to read it"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        hint = "too much is open: raise the limit (ulimit -n), or close other programs"
+    elif error.errno == errno.ENOENT:
+        hint = "check the path"
+    else:
+        hint = "try again, or copy the file to another disk"
+    part = f" at {what}" if what else ""
+    return CheckpointError(f"{path}: cannot be read{part} ({error.strerror or error})", hint=hint)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

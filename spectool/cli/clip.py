@@ -9,12 +9,13 @@ import typer
 
 from spectool.cli import options as opt
 from spectool.cli.clip_target import choose_checkpoint, choose_recentering, spare_inputs
-from spectool.cli.clipped import conclude_clip
+from spectool.cli.clipped import conclude_clip, written_line
+from spectool.cli.messages import say
 from spectool.cli.output import choose_target, deliver
 from spectool.cli.parsing import check_numbers, check_source, parse_arguments, parse_inputs, split_list
 from spectool.cli.progress import LiveProgress
 from spectool.cli.reading import parse_limits
-from spectool.errors import UsageError
+from spectool.errors import OutputError, UsageError
 from spectool.report.clip_tables import clip_columns, clip_layout
 from spectool.report.layout import WriteOptions, check_columns
 from spectool.report.table import split_columns
@@ -153,6 +154,10 @@ def clip(
 
         return draw_clip(report, layout, width, verbose)
 
-    deliver(clip_layout(report, layout), target, layout, draw)
+    try:
+        deliver(clip_layout(report, layout), target, layout, draw)
+    except OutputError:
+        say(written_line(report))  # whatever became of its description, the checkpoint is there
+        raise
     conclude_clip(report, target, verbose=verbose)
     return report.exit_code(strict=strict)

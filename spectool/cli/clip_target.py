@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from spectool.checkpoint.patch.place import destination, explained
 from spectool.cli.messages import say
+from spectool.cli.numbers import readable_bytes
+from spectool.cli.parsing import same_file
 from spectool.errors import OutputError, UsageError
+from spectool.report.files import descriptor_of
 
 
 def choose_checkpoint(
@@ -41,18 +47,22 @@ def choose_checkpoint(
         raise UsageError(
             "there is nowhere to write", hint="give -o OUT, or --dry-run to see what would change"
         )
-    if output == "-":
+    if output == "-" or descriptor_of(Path(output)) == 1:
         raise UsageError(
             "a checkpoint is not written to stdout", hint="name a file: -o OUT; the result goes to stdout"
         )
     out = Path(output)
-    if out.exists() and not force:
-        if out.samefile(source):
-            raise OutputError(
-                f"{out} is the file to read", hint="name another, or replace it: --in-place --force"
-            )
+    if same_file(out, source) and not force:
+        raise OutputError(f"{out} is the file to read", hint="name another, or replace it: --force")
+    if os.path.exists(out) and not (out.is_file() or out.is_dir()):  # noqa: PTH110
+        raise OutputError(
+            f"{out} is neither a file nor a folder", hint="name a file, or compute only: --dry-run"
+        )
+    if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists already", hint="--force replaces it")
     _check_writable(out)
+    if not quiet:
+        _warn_of_room(source, out)
     if not quiet and out.suffix.lower() != source.suffix.lower() and not source.is_dir():
         kind = f"ends in {out.suffix}" if out.suffix else "has no suffix"
         say(f"{out} {kind}, but what is written has the format of {source}", label="warning")
@@ -99,17 +109,28 @@ def _check_writable(out: Path) -> None:
     """Refuse a place that cannot be written; minutes of work would come before the writer says so.
 
     Raises:
-        OutputError: If the folder is missing or closed.
+        OutputError: If the folder is missing or closed, or the name cannot be.
     """
-    place = out.resolve()
-    if not place.parent.is_dir():
-        raise OutputError(f"there is no folder {place.parent}", hint="create it first")
-    needed = place if place.is_dir() else place.parent
-    if not os.access(needed, os.W_OK):
-        raise OutputError(f"cannot write {out}: no permission to write {needed}", hint="choose another place")
+    with explained(out):
+        destination(out, force=True)
+    place = Path(os.path.realpath(out))
+    for needed in (place.parent, place) if place.is_dir() else (place.parent,):
+        if not os.access(needed, os.W_OK):
+            raise OutputError(
+                f"cannot write {out}: no permission to write {needed}", hint="choose another place"
+            )
+
+
+def _warn_of_room(source: Path, out: Path) -> None:
+    """Say if the disk seems too small for a copy; one that shares blocks may fit all the same."""
+    with suppress(OSError):
+        files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        usage = shutil.disk_usage(Path(os.path.realpath(out)).parent)
+        if 0 < usage.free < size <= usage.total:
+            room = f"{readable_bytes(usage.free)} are free there, {source} has {readable_bytes(size)}"
+            say(f"{out} may not fit on its disk: {room}", label="warning")
 
 
 def _same(first: Path, second: Path) -> bool:
-    if first.exists() and second.exists():
-        return first.samefile(second)
-    return first.resolve() == second.resolve()
+    return same_file(first, second) or os.path.realpath(first) == os.path.realpath(second)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,11 @@ def load_defaults(start: Path, commands: Commands) -> tuple[dict[str, dict[str, 
     for folder in (start, *start.parents):
         for name in _NAMES:
             path = folder / name
-            table = _table(path) if path.is_file() else None
+            # A folder that may not be searched says nothing.
+            table = _table(path) if os.path.isfile(path) else None  # noqa: PTH113
             if table is not None:
                 return _checked(path, table, commands), path
-        if (folder / ".git").exists():
+        if os.path.exists(folder / ".git"):  # noqa: PTH110
             break
     return {}, None
 

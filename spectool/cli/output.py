@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectool.cli.messages import say
-from spectool.errors import UsageError
+from spectool.cli.parsing import same_file
+from spectool.cli.streams import check_stdout, emit
+from spectool.errors import SpectoolError, UsageError
+from spectool.report.files import check_target, descriptor_of, replace_file
 from spectool.report.layout import Layout, WriteOptions
-from spectool.report.writers import FORMATS, check_target, format_of, render, replace_file
+from spectool.report.writers import FORMATS, format_of, render
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,9 +64,11 @@ def choose_target(
 
     Raises:
         UsageError: If the format is unknown or cannot go there.
-        OutputError: If the file cannot be written.
+        OutputError: If the file, or stdout, cannot be written.
     """
     path = None if output in (None, "-") else Path(str(output))
+    if path is not None and descriptor_of(path) == 1:
+        path = None  # what stands in it already, it being a file, is not to be replaced
     known = (TABLE, *FORMATS, *(more or {}))
     if format is not None and format not in known:
         raise UsageError(f"there is no format called {format!r}", hint=f"formats: {', '.join(known)}")
@@ -71,16 +76,41 @@ def choose_target(
         chosen = format or (TABLE if sys.stdout.isatty() else "tsv")
         if chosen == "xlsx" and sys.stdout.isatty():
             raise UsageError("a workbook is no text for a terminal", hint=f"name a file: {flag} result.xlsx")
+        check_stdout()
         return Target(chosen, None, quiet, flag)
     suffix = path.suffix.lower().removeprefix(".")
     own = next((name for name, suffixes in (more or {}).items() if suffix in suffixes), None)
     chosen = format or own or format_of(path)
     check_target(path)
-    if path.exists() and source.exists() and path.samefile(source):
+    if same_file(path, source):
         raise UsageError(
             f"{path} is the file to read; it is not overwritten", hint=f"name another file after {flag}"
         )
+    if (own is None and suffix not in FORMATS) or suffix == "json":
+        _spare_parts(path, source, flag)
     return Target(chosen, path, quiet, flag)
+
+
+def _spare_parts(path: Path, source: Path, flag: str) -> None:
+    """Refuse to write over another file of what is read: a shard, an index, external data.
+
+    Raises:
+        UsageError: If the result would be written there.
+    """
+    home = source if source.is_dir() else source.parent
+    if not (path.is_file() and path.resolve().is_relative_to(home.resolve())):
+        return
+    part = path.name in ("config.json", "adapter_config.json") or path.name.endswith(".index.json")
+    if path.suffix.lower() != ".json" and not part:
+        from spectool.checkpoint import open_checkpoint
+
+        with suppress(SpectoolError):  # which reading it will say again
+            sources = getattr(open_checkpoint(source).reader, "sources", {})
+            part = any(same_file(path, file) for file in sources)
+    if part:
+        raise UsageError(
+            f"{path} belongs to what is read; it is not overwritten", hint=f"name another file after {flag}"
+        )
 
 
 def deliver(
@@ -124,20 +154,6 @@ def deliver(
     if not target.quiet:
         for text in filter(None, (remark, f"wrote {target.path}" if target.path else "")):
             say(text)
-
-
-def emit(data: bytes) -> None:
-    """Write data to stdout; a reader that has gone away (`| head`) is no error."""
-    try:
-        if sys.stdout.isatty():
-            # A bare CR would move the cursor over what stands there.
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\\r")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends; let it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def terminal_width() -> int:

@@ -138,18 +138,32 @@ def check_source(path: Path) -> None:
     """Refuse a path where nothing is.
 
     Raises:
-        CheckpointError: If nothing is there; the hint names what is called nearly so.
+        CheckpointError: If nothing is there, or it cannot be asked; the hint names what is called nearly so.
     """
-    if path.exists():
-        return
-    folder = path.parent
-    near = difflib.get_close_matches(path.name, _names(folder), n=1)
-    hint = f"did you mean {folder / near[0]}?" if near else "check the path"
-    raise CheckpointError(f"there is no file {path}", hint=hint)
-
-
-def _names(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in folder.iterdir()]
+        if path.exists():
+            return
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error})", hint="check the path, and who may read it"
+        ) from error
+    folder = path.parent
+    near = difflib.get_close_matches(path.name, _names(folder) - {path.name}, n=1)
+    hint = f"did you mean {folder / near[0]}?" if near else "check the path"
+    what = f"{path} is a link to nothing" if path.is_symlink() else f"there is no file {path}"
+    raise CheckpointError(what, hint=hint)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Tell whether two paths lead to one file that is there."""
+    try:
+        return one.samefile(other)
     except OSError:
-        return []
+        return False
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except OSError:
+        return set()

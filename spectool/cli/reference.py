@@ -22,7 +22,9 @@ stdout carries data only; messages, progress and hints go to stderr. On a termin
 width (what had to be left out is named on stderr); in a pipe it is TSV with all columns and digits. The last line on
 stderr of `inspect`, `clip` and `check` is the coverage line, `21 of 21 linear maps analysed, 0 skipped`: it counts
 operators with a weight matrix or kernel (convolutions, linear layers, embeddings, recurrent matrices).
-`docs/formats.md` describes the formats.
+`docs/formats.md` describes the formats. A file that `-o` or `--report` names is written whole or not at all, and
+replaces what was there (never the input); `-` and `/dev/stdout` are stdout, pipes and `/dev/fd/N` are written as they
+stand.
 
 ## Where a value comes from
 
@@ -46,15 +48,16 @@ model of torchvision or timm: a repository that you look at must not run its cod
 | ---: | --- |
 | 0 | done; `check`: every limit is proven; `clip`: every operator with a limit is within it |
 | 1 | `check`: a proven violation |
-| 2 | usage, or an input that cannot be read; nothing was written |
+| 2 | usage, an input that cannot be read, or an output that cannot be written |
 | 3 | internal error (traceback with `--debug`) |
 | 4 | `check`: undecided (an interval straddles its limit; a row not converged, failed or skipped) |
 | 4 | `clip`: a row not clipped, failed or not converged; under `--prove` also a bound that exceeds its limit |
 | 5 | `--strict`, and some linear operators were skipped |
-| 130 | interrupted; no half file is left |
+| 130 | interrupted (SIGINT); 143 by SIGTERM, 129 by SIGHUP; no half file is left |
 
-Where several apply, the first of 130, 3, 2, 1, 4, 5, 0 counts. `docs/check.md` says how `check` decides,
-`docs/clip.md` what `clip` writes; `docs/security.md` lists the limits that `--limit` names, and what they are for.
+Where several apply, the first of 130, 3, 2, 1, 4, 5, 0 counts. A reader of stdout that goes away (`| head`) is no
+error; a stdout that is full or closed is one. `docs/check.md` says how `check` decides, `docs/clip.md` what `clip`
+writes, `docs/security.md` lists the limits that `--limit` names, and what they are for.
 """
 
 

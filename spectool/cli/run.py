@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,11 @@ import typer
 from spectool.cli.commands import app
 from spectool.cli.config import Commands, Settable, load_defaults
 from spectool.cli.messages import say
-from spectool.errors import SpectoolError
+from spectool.cli.signals import Stop, stoppable
+from spectool.cli.streams import drop_stdout, finish_stdout, open_streams
+from spectool.errors import OutputError, SpectoolError
 
 INTERNAL = 3
-INTERRUPTED = 130
 # Click's own root of errors, wherever click lives: newer versions of typer bundle it.
 _CLICK_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
@@ -30,26 +31,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; None for the process's own.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show σ shows a question mark instead of ending the program.
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        return _run(args)
-    except SpectoolError as error:
+    open_streams()
+    with stoppable(process=arguments is None) as stop:
+        try:
+            return _run(args)
+        except (KeyboardInterrupt, typer.Abort) as interrupt:
+            return _stopped(stop, interrupt)
+        except Exception as error:
+            # An interrupt in the middle of an import can come out as any exception.
+            return _stopped(stop, error) if stop.number else _failed(error, args)
+
+
+def _stopped(stop: Stop, error: BaseException) -> int:
+    for note in getattr(error, "__notes__", ()):
+        say(note, label="note")
+    say("terminated" if stop.number == signal.SIGTERM else "interrupted")
+    return stop.exit_code
+
+
+def _failed(error: Exception, args: list[str]) -> int:
+    """Report an error and return its exit code."""
+    if isinstance(error, SpectoolError):
         return _report(error, error.exit_code, str(error), error.hint, args)
-    except _CLICK_ERROR as error:
+    if isinstance(error, _CLICK_ERROR):
         return _report(error, 2, *_explain(error), args)
-    except (KeyboardInterrupt, typer.Abort):
-        say("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Whoever read our output has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return 0
-    except Exception as error:
-        what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
-        return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
+    if isinstance(error, OSError):
+        # Nobody's defect: a folder that vanished, too many open files, a full disk behind stdout.
+        try:
+            finish_stdout()
+        except OutputError as refused:
+            return _failed(refused, args)
+        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        what = f"the system refused ({error.strerror or error}){where}"
+        return _report(error, 2, what, "run it again with --debug to see where", args)
+    if isinstance(error, MemoryError):
+        return _report(
+            error, 2, "there is not enough memory", "close other programs, or raise its limit", args
+        )
+    if isinstance(error, ImportError) and not (error.name or "").startswith("spectool"):
+        # Mapping a library fails where memory is limited.
+        what = f"a library cannot be loaded ({error})".splitlines()[0]
+        return _report(
+            error, 2, what, "see what limits memory (ulimit -v), and whether pip check is content", args
+        )
+    what = f"internal: {type(error).__name__}: {error}".splitlines()[0]
+    return _report(error, INTERNAL, what, "run it again with --debug and report what it says", args)
 
 
 def _run(args: list[str]) -> int:
@@ -62,15 +92,23 @@ def _run(args: list[str]) -> int:
         return 2
     defaults: dict[str, dict[str, Any]] = {}
     if not {"-h", "--help", "--version"} & set(args):
-        defaults, _ = load_defaults(Path.cwd(), settable(command))
+        defaults, _ = _defaults(command)
     try:
         with command.make_context("spectool", args, default_map=defaults) as context:
             code = command.invoke(context)
-        sys.stdout.flush()
+        finish_stdout()
     except typer.Exit as leave:
-        sys.stdout.flush()
+        finish_stdout()
         return leave.exit_code
     return code if isinstance(code, int) else 0
+
+
+def _defaults(command: Any) -> tuple[dict[str, dict[str, Any]], Path | None]:
+    try:
+        here = Path.cwd()
+    except OSError:
+        return {}, None  # the working directory was removed
+    return load_defaults(here, settable(command))
 
 
 def settable(command: Any) -> Commands:
@@ -118,7 +156,7 @@ def _explain(error: Any) -> tuple[str, str]:
         case "ENVIRONMENT":
             hint = f"it comes from the environment: {param.envvar}={os.environ.get(param.envvar, '')}"
         case "DEFAULT_MAP":
-            hint = f"it comes from {load_defaults(Path.cwd(), settable(context.find_root().command))[1]}"
+            hint = f"it comes from {_defaults(context.find_root().command)[1]}"
         case _:
             hint = f"`{context.command_path} --help` shows how"
     return what, hint

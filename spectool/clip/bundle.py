@@ -234,6 +234,7 @@ class _Dual:
         """Return (w₀ − L*Z, lower bound) of the best Z on the subspace."""
         family, start, p = self._family, self._family.start, len(self._left)
         left, right = self._left.reshape(p, *self._shapes[0]), self._right.reshape(p, *self._shapes[1])
+        self._images = torch.zeros(0)  # makes room: they may be gigabytes
         self._images = family.pairs(left, right)
         moved = flat(family.at(start).matvec(right))
         family.applications += p
@@ -241,17 +242,23 @@ class _Dual:
         norms = 0.5 * (self._left @ self._left.T + self._right @ self._right.T).double()
         rows, columns, factors = svec_index(p)
         self._linear = (0.5 * (block + block.T) - self._limit * norms)[rows, columns] * factors
-        linear, stack = self._linear, self._images
+        linear, stack, rest = self._linear, self._images, self._images[:0]
         if self._rest is not None:
-            stack = torch.cat([stack, self._rest[None]])
+            rest = self._rest[None]
             linear = torch.cat([linear, torch.tensor([self._rest_linear], dtype=torch.float64)])
-        # Where few weights span the images, gram and images must agree to the last digit.
-        images = stack.double() if stack.shape[1] < len(stack) else None
-        gram = (stack @ stack.T).double() if images is None else images @ images.T
+        images = None
+        if stack.shape[1] < len(linear):
+            # Where few weights span the images, gram and images must agree to the last digit.
+            images = torch.cat([stack, rest]).double()
+            gram = images @ images.T
+        else:
+            side, own = (stack @ rest.T).double(), (rest @ rest.T).double()
+            gram = torch.cat([(stack @ stack.T).double(), side], dim=1)
+            gram = torch.cat([gram, torch.cat([side.T, own], dim=1)])
         self._y = minimise(gram, linear, p, images=images)
         t = len(self._linear)
         self._slack = smat(gram[:t] @ self._y - self._linear, p)
-        step = self._y.to(stack.dtype) @ stack
+        step = self._y[:t].to(stack.dtype) @ stack + self._y[t:].to(stack.dtype) @ rest
         length = float(torch.linalg.vector_norm(step))
         # The best multiple of Z: ⟨Z, A(w₀)⟩ − c‖Z‖_* over ‖L*Z‖.
         lower = max(0.0, float(self._y @ linear)) / length if length > 0 else 0.0

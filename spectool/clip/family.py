@@ -94,16 +94,16 @@ class MatrixFamily(Family):
             return Positioned(matrix, positions)
 
         super().__init__(build, start)
-        self._transposed, self._factor = transposed, factor
+        self._transposed, self.factor = transposed, factor
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return what ``Family.pairs`` returns, by products of matrices."""
         p, out, features = len(left), left.shape[-1], right.shape[-1]
         u, v = left.reshape(p, -1, out).transpose(1, 2), right.reshape(p, -1, features).transpose(1, 2)
-        made = _pair_products(u, v)
+        made = pair_products(u, v)
         self.applications += p * (p + 1)
-        if self._factor != 1.0:
-            made *= self._factor
+        if self.factor != 1.0:
+            made *= self.factor
         if self._transposed:
             made = made.reshape(-1, out, features).transpose(1, 2).reshape(len(made), -1)
         return made
@@ -138,8 +138,8 @@ class ConvFamily(Family):
             return ConvMap(weight, in_shape, geometry, dtype=start.dtype, device=start.device)
 
         super().__init__(build, start)
-        self._geometry, self._map = geometry, build(start)
-        self._patches = _patches(self._map, geometry, tuple(start.shape[2:]), start)
+        self.geometry, self._map = geometry, build(start)
+        self.patches = _patches(self._map, geometry, tuple(start.shape[2:]), start)
 
     def floor(self, limit: float) -> float:
         """Return the value of the dual at Z = t·A(w₀/n), n being how often each tap is used: L*Z = t·w₀.
@@ -147,7 +147,7 @@ class ConvFamily(Family):
         It is ‖w₀‖ − c‖A(w₀/n)‖_*/‖w₀‖, and the nuclear norm is at most √rank times the Frobenius norm, which is
         ‖w₀/√n‖.
         """
-        A, g = self._map, self._geometry
+        A, g = self._map, self.geometry
         narrow, wide = (A.in_shape, A.out_shape) if g.transposed else (A.out_shape, A.in_shape)
         each = []
         for axis, k in enumerate(self.start.shape[2:]):
@@ -170,14 +170,14 @@ class ConvFamily(Family):
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return what ``Family.pairs`` returns: per pair one product (out, positions) × (positions, in·taps)."""
-        if self._geometry.groups > 1:
+        if self.geometry.groups > 1:
             return super().pairs(left, right)
         # A transposed convolution is the adjoint of the one that takes patches of its output.
-        narrow, wide = (right, left) if self._geometry.transposed else (left, right)
-        patches = self._patches(wide)  # (p, channels · taps, positions)
+        narrow, wide = (right, left) if self.geometry.transposed else (left, right)
+        patches = self.patches(wide)  # (p, channels · taps, positions)
         narrow = narrow.flatten(2)  # (p, channels, positions)
         p = len(narrow)
-        made = _pair_products(narrow, patches)
+        made = pair_products(narrow, patches)
         self.applications += p * (p + 1)
         return made
 
@@ -210,35 +210,6 @@ class ScaledFamily(Family):
         return self._inner.pairs(left, right) * self._per.flatten()
 
 
-class TurnedFamily(Family):
-    """The operators of another family in coordinates x = w·R⁻¹, w as rows over its first axis.
-
-    Args:
-        inner: The operators as functions of w.
-        matrix: R ``(taps, taps)``, symmetric.
-    """
-
-    def __init__(self, inner: Family, matrix: Tensor) -> None:
-        self._inner, self._shape = inner, tuple(inner.start.shape)
-        matrix = matrix.to(inner.start)
-        self._matrix = matrix
-        rows = inner.start.reshape(len(inner.start), -1)
-        start = torch.linalg.solve(matrix, rows.T).T.reshape(self._shape)
-        super().__init__(lambda x: inner.at(self._turn(x)), start, homogeneous=inner.homogeneous)
-
-    def _turn(self, x: Tensor) -> Tensor:
-        return (x.reshape(self._shape[0], -1) @ self._matrix).reshape(self._shape)
-
-    def pull(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner gradient times R."""
-        return self._turn(self._inner.pull(left, right))
-
-    def pairs(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the inner gradients times R."""
-        made = self._inner.pairs(left, right)
-        return (made.reshape(len(made), self._shape[0], -1) @ self._matrix).flatten(1)
-
-
 class SumFamily(Family):
     """The direct sum of several operators of one weight, each times its factor."""
 
@@ -267,7 +238,7 @@ class SumFamily(Family):
         return made
 
 
-def _pair_products(u: Tensor, v: Tensor) -> Tensor:
+def pair_products(u: Tensor, v: Tensor) -> Tensor:
     """Return ½(uᵢvⱼᵀ + uⱼvᵢᵀ), summed over positions, for i ≤ j, off-diagonal rows times √2.
 
     Args:

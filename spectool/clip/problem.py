@@ -8,24 +8,24 @@ problem is convex; where several are, it is not, and the result says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from spectool.clip.family import ConvFamily, Family, MatrixFamily, ScaledFamily, SumFamily, TurnedFamily
+from spectool.clip.coordinates import Coordinates
+from spectool.clip.family import ConvFamily, Family, MatrixFamily, ScaledFamily, SumFamily
 from spectool.clip.replayed import Replayed, region_function
 from spectool.clip.split import split
+from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Region
 from spectool.graph.writing import Writer
 from spectool.linear import ConvGeometry, ConvMap, FunctionMap, InfiniteConv, LinearMap, MatrixMap, fold
 from spectool.lower import lower
 from spectool.lower.replay import Load, constant_names
-
-Metric = Literal["weights", "folded", "data"]
 
 _DOUBLE_WORK = 2e6
 """Flops of an application up to which arithmetic is done in float64."""
@@ -144,73 +144,6 @@ def _floating(names: Sequence[str], load: Load) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """The coordinates x a projection works in: x = (s·w) H^½, s entry by entry; w stays where s = 0.
-
-    Attributes:
-        weight: w₀ as read, float64.
-        scale: s, broadcastable to w; None for 1.
-        metric: Name of ‖x − x₀‖/‖x₀‖.
-        covariance: H ``(taps, taps)`` of what the rows of w see, positive definite; None for the identity.
-    """
-
-    weight: Tensor
-    scale: Tensor | None
-    metric: Metric
-    covariance: Tensor | None = None
-
-    @property
-    def start(self) -> Tensor:
-        """x₀."""
-        return self._turned(self.weight if self.scale is None else self.weight * self.scale, 0.5)
-
-    @property
-    def plain(self) -> Coordinates:
-        """The same without H."""
-        return replace(self, covariance=None)
-
-    def divided(self, unit: float) -> Coordinates:
-        """Return the coordinates of w/unit."""
-        return self if unit == 1.0 else replace(self, weight=self.weight / unit)
-
-    def _turned(self, x: Tensor, power: float) -> Tensor:
-        return x if self.covariance is None else turned(x, matrix_power(self.covariance, power))
-
-    def to_weight(self, x: Tensor) -> Tensor:
-        """Return w of x."""
-        x = self._turned(x.double(), -0.5)
-        if self.scale is None:
-            return x
-        kept = self.scale == 0
-        return torch.where(kept, self.weight, x.double() / torch.where(kept, 1.0, self.scale))
-
-    def distance(self, weight: Tensor) -> float:
-        """Return ‖x − x₀‖/‖x₀‖ of a weight."""
-        change = weight.double() - self.weight
-        if self.scale is not None:
-            change = change * self.scale
-        return _ratio(self._turned(change, 0.5), self.start)
-
-
-def turned(weight: Tensor, matrix: Tensor) -> Tensor:
-    """Return a weight ``(out, …)`` whose rows are multiplied by a matrix."""
-    made: Tensor = (weight.reshape(len(weight), -1) @ matrix.to(weight)).reshape(weight.shape)
-    return made
-
-
-def matrix_power(matrix: Tensor, power: float) -> Tensor:
-    """Return a power of a positive definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    made: Tensor = (vectors * values.clamp_min(1e-300).pow(power)) @ vectors.T
-    return made
-
-
-def _ratio(change: Tensor, start: Tensor) -> float:
-    length = float(torch.linalg.vector_norm(start))
-    return float(torch.linalg.vector_norm(change)) / length if length > 0 else 0.0
-
-
-@dataclass(frozen=True)
 class Closed:
     """What a region is, seen from one constant, where it is one convolution or matrix.
 
@@ -256,6 +189,29 @@ def closed_form(region: Region, name: str, load: Load) -> Closed | None:
             scale = ones.weight.T if transposed else ones.weight
         return Closed("matrix", scale, transposed=transposed)
     return None
+
+
+def is_matrix(form: Closed | None, weight: Tensor) -> bool:
+    """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
+    if form is None:
+        return False
+    if form.kind == "matrix":
+        return True
+    g = form.geometry
+    if form.kind != "conv" or g is None or g.groups > 1:
+        return False
+    kernel = tuple(weight.shape[2:])
+    if max(kernel, default=1) == 1 and not g.transposed and g.padding_mode == "zeros":
+        return all(low >= 0 and high >= 0 for low, high in g.padding)
+    apart = all(s >= (k - 1) * d + 1 for s, k, d in zip(g.stride, kernel, g.dilation, strict=True))
+    return apart and not any(side for pair in g.padding for side in pair)
+
+
+def is_row_matrix(form: Closed | None, weight: Tensor) -> bool:
+    """Whether the matrix has the rows of the weight: not a transposed convolution, whose rows are its columns."""
+    if form is None or not is_matrix(form, weight):
+        return False
+    return form.geometry is None or not form.geometry.transposed
 
 
 def _lowered(region: Region, name: str, value: Tensor, load: Load) -> ConvMap | MatrixMap | InfiniteConv:
@@ -341,7 +297,7 @@ def family_in(
     """
     if coordinates.covariance is not None:
         plain = family_in(region, name, coordinates.plain, form, load, dtype, device)
-        return TurnedFamily(plain, matrix_power(coordinates.covariance, -0.5))
+        return TurnedFamily(plain, coordinates.covariance)
     scale = coordinates.scale
     if form is not None and form.kind == "infinite":
         raise OperatorError(f"{region.key}: its input size is not known", hint="give --input")

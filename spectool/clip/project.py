@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from spectool.clip.bundle import Projection, bundle
+from spectool.clip.coordinates import Coordinates, Covariance, Metric
 from spectool.clip.family import ConvFamily, Family
 from spectool.clip.leading import leading
-from spectool.clip.problem import Closed, Coordinates, Metric, Problem, closed_form, family_of
+from spectool.clip.measure import covariance_of, not_by_data
+from spectool.clip.problem import Closed, Problem, closed_form, family_of, is_matrix, is_row_matrix
 from spectool.clip.published import top_value
+from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
 from spectool.linear import ConvGeometry
 from spectool.progress import Progress, silent
@@ -47,7 +50,8 @@ class Options:
         all_sizes: Whether the bound is to hold for every input size.
         seed: Of the start vectors.
         device: Where to compute.
-        covariances: Constant → covariance of what its rows see, where the change is to be measured by that.
+        covariances: Constant → H ``(groups, taps, taps)`` of what its rows see, by which its change is measured.
+        uncovered: Constant → why there is none; ``""`` for any other. None where none was asked for.
     """
 
     method: Method = "auto"
@@ -56,6 +60,7 @@ class Options:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     covariances: Mapping[str, Tensor] = field(default_factory=dict)
+    uncovered: Mapping[str, str] | None = None
 
     @property
     def gap(self) -> float:
@@ -109,18 +114,14 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
     scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
     metric: Metric = "weights" if scale is None else "folded"
     coordinates = Coordinates(problem.load(name).double(), scale, metric)
-    covariance = options.covariances.get(name)
-    if (
-        covariance is not None
-        and options.method == "auto"
-        and _sees_taps(forms, coordinates.weight, covariance)
-    ):
+    covariance, reason = covariance_of(problem, forms, coordinates.weight, options)
+    if covariance is not None:
         metric = "data"
-        coordinates = replace(coordinates, metric=metric, covariance=covariance.double())
+        coordinates = replace(coordinates, metric=metric, covariance=covariance)
     unit = _unit(problem, forms)
     made, factor = _solve(_divided(problem, unit), coordinates.divided(unit), forms, options, progress)
     made = replace(made, weight=made.weight.double().cpu() * unit, lower=made.lower * unit)
-    weight = coordinates.to_weight(made.weight.reshape(coordinates.weight.shape))
+    weight = coordinates.to_weight(made.weight.reshape(coordinates.start.shape))
     length = float(torch.linalg.vector_norm(coordinates.start))
     return Projected(
         weights={name: weight},
@@ -132,21 +133,8 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
         iterations=made.iterations,
         applications=made.applications,
         distance=lambda values: coordinates.distance(values[name]),
-        note=made.note,
+        note="; ".join(text for text in (made.note, not_by_data(metric, reason)) if text),
     )
-
-
-def _sees_taps(forms: Sequence[Closed | None], weight: Tensor, covariance: Tensor) -> bool:
-    """Whether every row of a weight sees the taps that a covariance is of."""
-    fits = covariance.shape[0] == weight.numel() // max(len(weight), 1)
-    one = all(
-        form is not None
-        and form.kind != "infinite"
-        and not form.transposed
-        and (form.geometry is None or (form.geometry.groups == 1 and not form.geometry.transposed))
-        for form in forms
-    )
-    return fits and one
 
 
 def _unit(problem: Problem, forms: Sequence[Closed | None]) -> float:
@@ -184,6 +172,8 @@ def _solve(
         return _any_size(coordinates.start, _known(form), limit, options.seed), True
     if options.all_sizes:
         raise OperatorError(f"{problem.key}: a bound for every size needs a lone convolution")
+    if coordinates.covariance is not None and form is not None and is_row_matrix(form, coordinates.weight):
+        return _weighted(coordinates, coordinates.covariance, limit, options, progress), True
     family, limit = family_of(problem, coordinates, forms, options.device)
     method, why = _choose(family, form, limit, coordinates, options)
     if method == "svd":
@@ -195,7 +185,7 @@ def _solve(
         return made, family.homogeneous
     groups = form.geometry.groups if form is not None and form.geometry is not None else 1
     if groups > 1 and form is not None:
-        return _grouped(coordinates.start, form, limit, options, progress), True
+        return _grouped(coordinates, form, limit, options, progress), True
     made = bundle(family, limit, gap=options.gap, seed=options.seed, progress=progress)
     return replace(made, method=f"bundle ({why})"), family.homogeneous
 
@@ -211,12 +201,12 @@ def _choose(
 ) -> tuple[str, str]:
     """Return (solver, why)."""
     if options.method != "auto":
-        if options.method == "svd" and not _is_matrix(form, coordinates.weight):
+        if options.method == "svd" and not is_matrix(form, coordinates.weight):
             raise OperatorError("an SVD is the projection of matrices only", hint="use --method auto")
         return options.method, "asked for"
     if coordinates.covariance is not None:
         return "bundle", "the data metric"
-    if _is_matrix(form, coordinates.weight):
+    if is_matrix(form, coordinates.weight):
         return "svd", "a matrix"
     if form is None or form.geometry is None:
         return "bundle", "no lone operator"
@@ -245,20 +235,14 @@ def _positions(form: Closed) -> int:
     return math.prod((form.in_shape or (1,))[1:])
 
 
-def _is_matrix(form: Closed | None, weight: Tensor) -> bool:
-    """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
-    if form is None:
-        return False
-    if form.kind == "matrix":
-        return True
-    g = form.geometry
-    if form.kind != "conv" or g is None or g.groups > 1:
-        return False
-    kernel = tuple(weight.shape[2:])
-    if max(kernel, default=1) == 1 and not g.transposed and g.padding_mode == "zeros":
-        return all(low >= 0 and high >= 0 for low, high in g.padding)
-    apart = all(s >= (k - 1) * d + 1 for s, k, d in zip(g.stride, kernel, g.dilation, strict=True))
-    return apart and not any(side for pair in g.padding for side in pair)
+def _weighted(
+    coordinates: Coordinates, covariance: Covariance, limit: float, options: Options, progress: Progress
+) -> Projection:
+    from spectool.clip.weighted import nearest_matrix
+
+    (start,), (root,) = covariance.rows.split(coordinates.plain.start), covariance.root
+    made = nearest_matrix(start, root, limit, gap=options.gap, progress=progress)
+    return replace(made, weight=(made.weight @ root)[None], method=f"{made.method} (the data metric)")
 
 
 def _svd(start: Tensor, form: Closed | None, limit: float) -> Projection:
@@ -288,11 +272,16 @@ def _group_families(start: Tensor, form: Closed) -> list[Family]:
     return [ConvFamily(part, (shape[0] // groups, *shape[1:]), alone) for part in start.chunk(groups, dim=0)]
 
 
-def _grouped(start: Tensor, form: Closed, limit: float, options: Options, progress: Progress) -> Projection:
+def _grouped(
+    coordinates: Coordinates, form: Closed, limit: float, options: Options, progress: Progress
+) -> Projection:
     """Project the groups one by one; they are independent problems."""
+    start, covariance = coordinates.plain.start, coordinates.covariance
     above = set(_groups_above(start, form, limit))
     parts, squares, rounds, spent = [], 0.0, 0, 0
     for index, family in enumerate(_group_families(start, form)):
+        if covariance is not None:
+            family = TurnedFamily(family, covariance.group(index))
         if index not in above:
             parts.append(family.start)
             continue

@@ -5,13 +5,14 @@ costs more accuracy than the clip itself. Moving ``running_mean`` leaves every s
 
 The mean response is W·t, where t holds the mean of the input under every tap. Two things are known of t without
 data. Where the convolution reads what a batch norm and a ReLU have left, the mean of its input is E[max(0, N(β, γ²))]
-per channel. And the running mean itself is W·t: of all t that explain it the one nearest to the first estimate is
-taken. (So scaling W by a number moves the mean by exactly that number, and a first layer with no more taps than
-outputs needs no first estimate.)
+per channel. And the running mean itself is W·t: of all t that explain it the likeliest is taken, which corrects for
+what is not normal, too. (So scaling W by a number moves the mean by exactly that number, and a first layer with no
+more taps than outputs needs no first estimate.)
 
 A clip also narrows what comes out: a row of W that shrinks to ρ times its length leaves ρ|γ| for |γ| behind the
 batch norm, whose positive part has another mean, and so the batch norm after the next
-convolution has to follow too, though nothing else changed there. Regions are gone through in the order of the graph.
+convolution has to follow too, though nothing else changed there. It narrows directions rather than channels, so the
+covariances of channels are followed. Regions are gone through in the order of the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spectool.clip.moments import Moments, matrices, moments_of, shares, spreads
+from spectool.clip.moments import Moments, moments_of, scaled, unknown
+from spectool.clip.taps import explained, matrices, outputs, variances
 from spectool.graph.types import BatchNorm, Conv, Graph, Linear, Node, Region
 from spectool.lower.replay import constant_names, execute
 
@@ -31,8 +33,11 @@ Load = Callable[[str], Tensor]
 _LITTLE = 1e-3
 """Standard deviations by which a mean behind unchanged weights has to be off to be moved."""
 
+_WIDE = 5.0
+"""What an unknown input's deviation is multiplied by, for its mean to be free."""
+
 _RIDGE = 1e-3
-"""Relative to the largest squared singular value: a running mean is known to a few per cent only."""
+"""Relative to the largest squared singular value, where a mean is told by a running mean alone."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,7 @@ class Moved:
 
     Attributes:
         means: Running mean (or bias), as regions read it → new value, float64.
-        shifts: The same → largest move over the standard deviation of the channel (over the largest entry for a
-            bias).
+        shifts: Running mean → largest move over the standard deviation of its channel.
         reasons: Key of a region whose weights changed → why nothing was moved there.
     """
 
@@ -69,7 +73,7 @@ def recentred(
         biases: Whether a convolution without a batch norm behind it is corrected by its bias.
     """
     made = Moved()
-    narrowed: dict[str, Tensor] = {}
+    behind: dict[str, tuple[Tensor, Tensor]] = {}
     producer = {output: node for node in graph.nodes for output in node.outputs}
     for region in regions:
         touched = any(name in changed for node in region.nodes for name in node.inputs)
@@ -78,7 +82,7 @@ def recentred(
             if touched:
                 made.reasons[region.key] = "no batch norm behind it"
             continue
-        moments = moments_of(producer, region.root, old, narrowed)
+        moments = moments_of(producer, region.root, old, behind)
         if not touched and (moments is None or moments.same):
             continue
         if region.in_shape is None:
@@ -89,14 +93,16 @@ def recentred(
             if mean is None:
                 made.reasons[region.key] = "the mean of its input is not known without data (--calibrate)"
                 continue
-            moments = Moments(mean, torch.ones_like(mean), mean, torch.ones_like(mean))
+            moments = unknown(mean)
+        else:
+            moments = _corrected(region, moments, old)
         was, now = _constant_map(moments.mean, region), _constant_map(moments.new_mean, region)
         if was is None or now is None:
             made.reasons[region.key] = (
                 "its input has another number of channels than the batch norm before it"
             )
             continue
-        _Walk(region, old, new, moments, made, narrowed, biases, touched).follow(was, now)
+        _Walk(region, old, new, moments, made, behind, biases, touched).follow(was, now)
     return made
 
 
@@ -109,7 +115,7 @@ class _Walk:
     new: Load
     moments: Moments
     made: Moved
-    narrowed: dict[str, Tensor]
+    behind: dict[str, tuple[Tensor, Tensor]]
     biases: bool
     touched: bool
 
@@ -135,8 +141,6 @@ class _Walk:
                 if float(moved.abs().max()) > 0.0:
                     after[bias] = self.made.means[bias] = after[bias] - moved
                     now[out] = now[out] - _along(moved, now[out], 1)
-                    largest = max(float(before[bias].abs().max()), 1e-300)
-                    self.made.shifts[bias] = float(moved.abs().max()) / largest
 
     def _norm(
         self,
@@ -154,10 +158,10 @@ class _Walk:
         moved = _channel_mean(now[source] - was[source], node.op.axis)
         more = torch.zeros_like(moved)
         if behind is not None and mean and len(behind.inputs) > 1:
-            more = _unexplained(behind, was, before, after, before[mean])
-            share = self._narrowing(behind, before, after, before[node.inputs[4]])
-            if share is not None and share.numel() == moved.numel():
-                self.narrowed[node.outputs[0]] = share
+            more = self._unexplained(behind, was, before, after, node)
+            found = self._outputs(behind, before, after, before[node.inputs[4]])
+            if found is not None:
+                self.behind[node.outputs[0]] = found
         spread = (before[node.inputs[4]] + node.op.eps).sqrt()
         shift = float(((moved + more).abs() / spread).max())
         if mean and mean not in self.made.means and shift > (0.0 if self.touched else _LITTLE):
@@ -166,59 +170,104 @@ class _Walk:
             # The maps do not show ``more``; what is centred must.
             now[source] = now[source] + _along(more, now[source], node.op.axis)
 
-    def _narrowing(
-        self, node: Node, before: Mapping[str, Tensor], after: Mapping[str, Tensor], variance: Tensor
-    ) -> Tensor | None:
-        """Return per channel the standard deviation behind an operator after, over that before.
+    def _inputs(
+        self, node: Node, channels: int, before: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the covariances of what an operator reads; None where they are not known."""
+        source = node.inputs[0]
+        if source == self.region.root:
+            known = self.moments.floor is not None
+            pair = (self.moments.covariance, self.moments.new_covariance) if known else None
+        else:
+            norm = next((n for n in self.region.nodes if source in n.outputs), None)
+            if norm is None or not isinstance(norm.op, BatchNorm) or not norm.inputs[1]:
+                return None
+            pair = scaled(self.behind.get(source), before[norm.inputs[1]])
+        return pair if pair is not None and len(pair[0]) == channels else None
 
-        The covariance of the taps is taken as a sum of three: of independent pixels, of equal pixels in a channel, and
-        of equal channels, in the shares that explain the running variances best.
-        """
-        old, new = matrices(node, before[node.inputs[1]]), matrices(node, after[node.inputs[1]])
-        if old is None or new is None:
+    def _outputs(
+        self, node: Node, before: Mapping[str, Tensor], after: Mapping[str, Tensor], variance: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the covariances in front of a batch norm, normalised."""
+        name = node.inputs[1]
+        if name not in before:
             return None
-        groups, _, taps = old.shape
-        was, now = self.moments.variance, self.moments.new_variance
-        if was.numel() % groups or taps % (was.numel() // groups):
-            was = now = torch.ones(
-                groups, dtype=torch.float64
-            )  # not the operator that reads the region's input
-        parts = spreads(old, was)
-        found = shares(parts, variance)
-        wide, narrow = found @ parts, found @ spreads(new, now)
-        return (narrow / wide.clamp_min(1e-300)).sqrt().clamp(max=1.0)
+        old, new = matrices(node, before[name]), matrices(node, after[name])
+        if old is None or new is None or variance.numel() != old.shape[0] * old.shape[1]:
+            return None
+        channels = _channels(node, before[name])
+        pair = self._inputs(node, channels, before)
+        if pair is None:
+            pair = (torch.ones(channels, dtype=torch.float64),) * 2
+        return outputs(old, new, *pair, variance)
+
+    def _unexplained(
+        self,
+        node: Node,
+        values: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        norm: Node,
+    ) -> Tensor:
+        """Return ΔW·Δt, Δt being the likeliest error of the taps' means in view of a running mean."""
+        mean, variance = before[norm.inputs[3]], before[norm.inputs[4]]
+        name = node.inputs[1]
+        if name not in before or not isinstance(node.op, (Conv, Linear)):
+            return torch.zeros_like(mean)
+        old, new = matrices(node, before[name]), matrices(node, after[name])
+        said = _channel_mean(_apply(node, values, before), 1 if isinstance(node.op, Conv) else -1)
+        if old is None or new is None or said.numel() != mean.numel() or torch.equal(old, new):
+            return torch.zeros_like(mean)
+        channels = _channels(node, before[name])
+        pair = self._inputs(node, channels, before)
+        deviation = _guessed(old, variance, channels) if pair is None else variances(pair[0]).sqrt()
+        taps = explained(old, mean - said, deviation, variance)
+        moved: Tensor = (new - old) @ taps.unsqueeze(2)
+        return moved.flatten()
+
+
+def _channels(node: Node, weight: Tensor) -> int:
+    """Return how many channels an operator reads."""
+    if isinstance(node.op, Conv):
+        return int(weight.shape[1]) * node.op.geometry.groups
+    return int(weight.shape[0 if isinstance(node.op, Linear) and node.op.transposed else 1])
+
+
+def _guessed(matrix: Tensor, variance: Tensor, channels: int) -> Tensor:
+    """Return equal standard deviations for all channels, such as make the outputs vary as much as they do.
+
+    Wide ones: of such an input nothing is known, and its mean may exceed its deviation.
+    """
+    size = matrix.square().sum(dim=2).flatten().clamp_min(1e-300)
+    return _WIDE * (variance / size).median().sqrt().expand(channels)
+
+
+def _corrected(region: Region, moments: Moments, load: Load) -> Moments:
+    """Return moments of a region's input that agree with the running mean behind the operator that reads it."""
+    node = next((n for n in region.nodes if region.root in n.inputs), None)
+    if node is None or not isinstance(node.op, (Conv, Linear)) or node.inputs[0] != region.root:
+        return moments
+    norm = next(
+        (n for n in region.nodes if isinstance(n.op, BatchNorm) and n.inputs[0] == node.outputs[0]), None
+    )
+    shown = _constant_map(moments.mean, region)
+    if norm is None or not norm.inputs[3] or shown is None:
+        return moments
+    constants = {name: _wide(load(name)) for name in constant_names(region)}
+    matrix = matrices(node, constants[node.inputs[1]])
+    said = _channel_mean(
+        _apply(node, {region.root: shown}, constants), 1 if isinstance(node.op, Conv) else -1
+    )
+    mean, variance = constants[norm.inputs[3]], constants[norm.inputs[4]]
+    channels = _channels(node, constants[node.inputs[1]])
+    if matrix is None or said.numel() != mean.numel() or channels != moments.mean.numel():
+        return moments
+    error = explained(matrix, mean - said, variances(moments.covariance).sqrt(), variance)
+    return moments.corrected(error.reshape(channels, -1).mean(dim=1))
 
 
 def _has_bias(node: Node) -> bool:
     return isinstance(node.op, Conv) and len(node.inputs) > 2 and bool(node.inputs[2])
-
-
-def _unexplained(
-    node: Node,
-    values: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    mean: Tensor,
-) -> Tensor:
-    """Return ΔW·Δt, Δt being the least change of the taps' means that explains a running mean.
-
-    With W the matrix (out, in·taps) of one group, Δt = Wᵀ(WWᵀ + λ)⁻¹(mean − W·t − bias).
-    """
-    name = node.inputs[1]
-    if name not in before or not isinstance(node.op, (Conv, Linear)):
-        return torch.zeros_like(mean)
-    said = _channel_mean(_apply(node, values, before), 1 if isinstance(node.op, Conv) else -1)
-    missing = mean - said
-    old, new = matrices(node, before[name]), matrices(node, after[name])
-    if old is None or new is None or missing.numel() != old.shape[0] * old.shape[1]:
-        return torch.zeros_like(mean)
-    missing = missing.reshape(old.shape[0], -1, 1)
-    gram = old @ old.transpose(1, 2)
-    ridge = _RIDGE * torch.linalg.matrix_norm(old, ord=2).square().clamp_min(1e-300)
-    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
-    taps = old.transpose(1, 2) @ torch.linalg.solve(gram, missing)
-    moved: Tensor = (new - old) @ taps
-    return moved.flatten()
 
 
 def _apply(node: Node, values: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spectool.clip.coordinates import Coordinates
 from spectool.clip.leading import leading
-from spectool.clip.problem import Coordinates, Problem, family_in, uses
+from spectool.clip.problem import Problem, family_in, uses
 from spectool.errors import OperatorError
 
 _ROUNDS = 12

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from spectool.clip.bundle import bundle
+from spectool.clip.coordinates import Coordinates
 from spectool.clip.family import Family
 from spectool.clip.leading import leading
-from spectool.clip.problem import Coordinates, Problem, family_in, operator_of, uses
+from spectool.clip.problem import Problem, family_in, operator_of, uses
 from spectool.clip.project import Options, Projected
 from spectool.errors import OperatorError
 from spectool.linear import LinearMap

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from spectool.clip.measure import not_by_data
 from spectool.clip.problem import Problem
 from spectool.clip.project import Options, Projected, project
 from spectool.clip.several import bends, distance, project_several, scale_bent
@@ -22,11 +25,18 @@ def solve(problem: Problem, before: float, options: Options, progress: Progress 
     """
     if before <= 1.0 and options.method == "auto" and not options.all_sizes:
         return _unchanged(problem)
-    if len(problem.names) == 1 and bends(problem):
-        return scale_bent(problem, before, options)
-    if len(problem.names) == 1:
+    if len(problem.names) == 1 and not bends(problem):
         return project(problem, before, options, progress)
-    return project_several(problem, before, options, progress)
+    several = len(problem.names) > 1
+    made = (
+        project_several(problem, before, options, progress)
+        if several
+        else scale_bent(problem, before, options)
+    )
+    if options.uncovered is None:
+        return made
+    reason = "several weights at once" if several else "its weight is used twice in a row"
+    return replace(made, note="; ".join(text for text in (made.note, not_by_data("weights", reason)) if text))
 
 
 def _unchanged(problem: Problem) -> Projected:

@@ -38,6 +38,12 @@ _DENSE_SIDE, _DENSE_ENTRIES = 2048, 1 << 25
 
 _TRIES = 12
 
+_SUMS = 16.0
+"""Roundings by which a weight made of stored ones may differ from one machine to another (float32 and float64)."""
+
+_COARSE = 1e-4
+"""Rounding of half types: there no margin is taken, since it would cost per cents."""
+
 _SAME = 1e-12
 """Relative excess, by rounding, at which weights that need not change do not."""
 
@@ -113,7 +119,7 @@ def store(
     small = sum(value.numel() for value in wanted.values()) <= _REPAIRED
     current, factor, spent = dict(wanted), 1.0, 0
     best: Stored | None = None
-    margin, loose = 1e-9, False
+    margin, loose = _first_margin(problem, writer, types), False
     for attempt in range(_TRIES):
         scaled = {name: value * factor for name, value in current.items()}
         if half is not None and small:
@@ -163,8 +169,28 @@ def _measured(
     problem: Problem, weights: Mapping[str, Tensor], writer: Writer, types: Types, read: Load, seed: int
 ) -> tuple[dict[str, Tensor], float, int]:
     edits = {key: value.to(types(key)) for key, value in writer.edits(weights, read).items()}
-    ratio, spent = worst_ratio(problem.constraints, writer.reload(edits), seed=seed)
-    return edits, ratio, spent
+    ratio, spent = 0.0, 0
+    for load in writer.readings(edits):
+        found, cost = worst_ratio(problem.constraints, load, seed=seed)
+        ratio, spent = max(ratio, found), spent + cost
+    return edits, ratio * (1.0 + _margin(problem, writer, edits)), spent
+
+
+def _first_margin(problem: Problem, writer: Writer, types: Types) -> float:
+    """Return how far below the limit the second attempt aims: further where roundings to a half type are multiplied."""
+    made = [weight for name in problem.names if (weight := writer.derived(name)) is not None]
+    kinds = [types(key) for weight in made for key in weight.sources]
+    rounding = max((torch.finfo(kind).eps for kind in kinds if kind.is_floating_point), default=0.0)
+    return rounding / _SUMS if rounding > _COARSE else 1e-9
+
+
+def _margin(problem: Problem, writer: Writer, edits: Mapping[str, Tensor]) -> float:
+    """Return what σ₁ is raised by for weights that are made of stored ones: others sum in another order."""
+    kinds = [value.dtype for value in edits.values() if value.is_floating_point()]
+    if not kinds or all(writer.derived(name) is None for name in problem.names):
+        return 0.0
+    rounding = max(torch.finfo(kind).eps for kind in kinds)
+    return _SUMS * rounding if rounding < _COARSE else 0.0
 
 
 def _towards(

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from spectool.clip.coordinates import Coordinates, Metric
 from spectool.clip.family import ConvFamily, flat
 from spectool.clip.leading import leading
-from spectool.clip.problem import Constraint, Coordinates, Metric, Problem, closed_form, family_of
-from spectool.clip.project import Options, _is_matrix
+from spectool.clip.problem import Constraint, Problem, closed_form, family_of, is_matrix
+from spectool.clip.project import Options
 from spectool.clip.solve import solve
 from spectool.clip.store import store
 from spectool.clip.warm import first_rows, follow, thorough, warm_bundle, warm_svd
@@ -178,7 +179,7 @@ class Tracked:
         metric: Metric = "weights" if scale is None else "folded"
         coordinates = Coordinates(problem.load(name).double(), scale, metric)
         form = forms[0] if len(forms) == 1 else None
-        if form is not None and _is_matrix(form, coordinates.weight):
+        if form is not None and is_matrix(form, coordinates.weight):
             rows = self.members[0].rows
             if form.kind != "matrix" or min(coordinates.weight.shape) < _LARGE or rows is None:
                 return None

@@ -117,10 +117,20 @@ def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph
     nodes: list[Node] = []
     values = dict(graph.values)
     pending = deque(graph.nodes)
+    # What is computed twice from the same constants is one constant: a weight that is used twice is one weight.
+    same: dict[str, str] = {}
+    made: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
     while pending:
         node = pending.popleft()
+        if not same.keys().isdisjoint(node.inputs):
+            node = replace(node, inputs=tuple(same.get(name, name) for name in node.inputs))
         if _is_constant(node, known):
             nodes.extend(_table(node, known))
+            if isinstance(node.op, Call):
+                before = made.setdefault((node.op.name, repr(node.op.attributes), node.inputs), node.outputs)
+                if before is not node.outputs:
+                    same.update(zip(node.outputs, before, strict=True))
+                    continue
             sources = tuple(dict.fromkeys(o for name in node.inputs for o in origins.get(name, ())))
             for position, output in enumerate(node.outputs):
                 if output:
@@ -133,7 +143,11 @@ def translate(graph: Graph, captured: Mapping[str, torch.Tensor]) -> tuple[Graph
             pending.extendleft(reversed(steps))
         else:
             nodes.append(_record(node, known))
-    return replace(graph, nodes=tuple(nodes), values=values, constants=known, origins=origins), constants
+    outputs = tuple(same.get(name, name) for name in graph.outputs)
+    translated = replace(
+        graph, nodes=tuple(nodes), values=values, outputs=outputs, constants=known, origins=origins
+    )
+    return translated, constants
 
 
 def _table(node: Node, known: Mapping[str, Shape]) -> list[Node]:

@@ -39,6 +39,8 @@ class Effective:
         invert: Gives new values of stored tensors that make the weight a wanted one; None where there are
             none or where that is not supported.
         build_one: Makes one matrix of a stack without making the others; None takes it from the whole.
+        compute: Makes the weight in the stored type, as torch's own module does; None where ``build`` is exact.
+        training: What a forward in training mode makes of an edit, in words; empty where the edit stays.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Effective:
     assumed: tuple[str, ...] = ()
     invert: Callable[[Tensor, Read], dict[str, Tensor]] | None = None
     build_one: Callable[[Read, int], Tensor] | None = None
+    compute: Callable[[Read], Tensor] | None = None
+    training: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,19 @@ class Weights:
         other._derived, other._parts = self._derived, self._parts
         return other
 
+    def readings(self, stored: Mapping[str, Tensor]) -> tuple[Weights, ...]:
+        """Return ``reload``, and where ``stored`` makes derived weights, also those in torch's own arithmetic."""
+        exact = self.reload(stored)
+        made = self._derived.values()
+        if not any(weight.compute and not stored.keys().isdisjoint(weight.sources) for weight in made):
+            return (exact,)
+        rounded = self.reload(stored)
+        rounded._derived = {
+            name: replace(weight, build=weight.compute or weight.build)
+            for name, weight in self._derived.items()
+        }
+        return exact, rounded
+
     def edits(self, updates: Mapping[str, Tensor], read: Read | None = None) -> dict[str, Tensor]:
         """Return new values of stored tensors that make weights the wanted ones.
 
@@ -230,7 +247,7 @@ class Weights:
 
         Args:
             updates: Name of a weight, as regions read it → its wanted value.
-            read: Not needed here.
+            read: Reads a stored tensor by its key, where not all of it is new; by default from the file.
 
         Returns:
             Stored tensor name → new value.
@@ -238,6 +255,7 @@ class Weights:
         Raises:
             OperatorError: If a weight cannot be written back (quantised, adapters).
         """
+        read = read or self._checkpoint.read
         whole: dict[str, Tensor] = {}
         for name, value in updates.items():
             part = self._parts.get(name)
@@ -245,7 +263,9 @@ class Weights:
                 whole[name] = value
                 continue
             if part.parent not in whole:
-                whole[part.parent] = self(part.parent).to(value.dtype).clone()
+                parent = self._derived.get(part.parent)
+                present = read(part.parent) if parent is None else parent.build(read)
+                whole[part.parent] = present.to(value.dtype).clone()
             target = whole[part.parent].narrow(part.axis, part.start, part.stop - part.start)
             target.copy_(value.unsqueeze(part.axis) if part.drop else value)
         result: dict[str, Tensor] = {}
@@ -258,7 +278,7 @@ class Weights:
                     f"{name} cannot be written back: {derived.how}", hint="merge it into plain weights first"
                 )
             else:
-                result.update(derived.invert(value, self._checkpoint.read))
+                result.update(derived.invert(value, read))
         return result
 
 

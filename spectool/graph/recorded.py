@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from spectool.graph.aten import call
 from spectool.graph.aten_rules import ATEN_RULES, packet, rules_for
 from spectool.graph.aten_translate import TABLE, Constants, translate
 from spectool.graph.boundaries import RECURRENT, Wall
+from spectool.graph.computed import Computed
 from spectool.graph.parts import Derived, with_parts
 from spectool.graph.recurrent import expert_regions, gate_regions
 from spectool.graph.regions import survey_graph
@@ -61,16 +62,24 @@ def survey_recorded(
     def read(name: str) -> torch.Tensor:
         return constants.load(back.get(name, name), stored)
 
+    def make(name: str, read: Load) -> torch.Tensor:
+        def own(label: str) -> torch.Tensor:
+            return read(names.get(label, label))
+
+        return constants.load(back.get(name, name), own)
+
     parts: dict[str, Derived] = {}
+    provenance = _Provenance(graph, constants)
     known = Known(
         load=with_parts(read, parts),
         rules=rules_for(node.op.name for node in graph.nodes if isinstance(node.op, Call)),
         labels=_labels(graph),
         extras=_extras(graph, walls, names, parts),
         move=_move,
-        provenance=_provenance(graph, constants),
+        provenance=provenance.trace,
         parts=parts,
         plain=_plain(graph, constants),
+        computed=Computed(graph.origins, graph.constants, make, read, provenance.trace),
     )
     return survey_graph(graph, known, source=source, notes=notes)
 
@@ -243,29 +252,46 @@ def _plain(graph: Graph, constants: Constants) -> Callable[[str], str | None]:
     return plain
 
 
-def _provenance(graph: Graph, constants: Constants) -> Callable[[str], tuple[str, Shape, np.ndarray] | None]:
-    """Return the function that says which entries of which stored tensor a constant consists of."""
+@dataclass(frozen=True)
+class _Provenance:
+    """Where the entries of constants come from, through nodes that only move entries."""
 
-    def trace(name: str) -> tuple[str, Shape, np.ndarray] | None:
+    graph: Graph
+    constants: Constants
+
+    def trace(
+        self, name: str, base: Callable[[str], bool] | None = None
+    ) -> tuple[str, Shape, np.ndarray] | None:
+        """Return the tensor that a constant's entries are those of, its shape, and the flat index of each.
+
+        Args:
+            name: The constant.
+            base: Which constants to stop at; by default stored tensors.
+        """
         import numpy as np
 
-        if name not in constants.nodes:
-            origin = graph.origins.get(name, ())
-            shape = graph.constants.get(name)
-            if len(origin) != 1 or shape is None or name in constants.leaves:
+        def whole(source: str, shape: Shape) -> tuple[str, Shape, np.ndarray]:
+            return source, shape, np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
+
+        if base is not None and name in self.constants.nodes and base(name):
+            return whole(name, self.graph.constants[name])
+        if name not in self.constants.nodes:
+            origin = self.graph.origins.get(name, ())
+            shape = self.graph.constants.get(name)
+            if base is not None or len(origin) != 1 or shape is None or name in self.constants.leaves:
                 return None
-            return origin[0], shape, np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
-        node, position = constants.nodes[name]
+            return whole(origin[0], shape)
+        node, position = self.constants.nodes[name]
         rule = ATEN_RULES.get(packet(node.op.name)) if isinstance(node.op, Call) else None
         if rule is None or rule.how != "first" or rule.role not in ("neutral", "move", "select"):
             return None
-        before = trace(node.inputs[0])
-        if before is None or len(node.inputs) != 1 or "_to_copy" in node.name:
+        if len(node.inputs) != 1 or "_to_copy" in node.name:
+            return None
+        before = self.trace(node.inputs[0], base)
+        if before is None:
             return None
         key, shape, indices = before
         try:
             return key, shape, np.ascontiguousarray(_move(node, [indices])[position])
         except (RuntimeError, ValueError, TypeError):
             return None
-
-    return trace

@@ -61,7 +61,8 @@ def survey_graph(graph: Graph, known: Known, *, source: str, notes: Sequence[str
     load = with_parts(known.load, context.parts)
     writer = None
     if known.plain is not None and known.provenance is not None:
-        writer = TracedWriter(load, known.plain, known.provenance, {**known.parts, **context.parts})
+        parts = {**known.parts, **context.parts}
+        writer = TracedWriter(load, known.plain, known.provenance, parts, known.computed)
     items = tuple(_numbered([row.item for row in placed]))
     return Survey(items, load, source, (*notes, *more_notes), writer, graph)
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from spectool.graph.computed import Computed
+
     Mover = Callable[[Node, Sequence[np.ndarray | None]], Sequence[np.ndarray]]
     Provenance = Callable[[str], tuple[str, Shape, np.ndarray] | None]
 
@@ -52,6 +54,7 @@ class Known:
             the flat index of each entry; None for any other.
         parts: Constants that the front-end itself cut out of others; ``load`` knows them.
         plain: For a constant that is a stored tensor as it is: that tensor's name; None for any other.
+        computed: Weights that the program makes of several stored tensors; None where none are looked for.
     """
 
     load: Callable[[str], torch.Tensor]
@@ -63,6 +66,7 @@ class Known:
     provenance: Provenance | None = None
     parts: Mapping[str, Derived] = field(default_factory=dict)
     plain: Callable[[str], str | None] | None = None
+    computed: Computed | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ on fake tensors, so that no memory is spent and no arithmetic done. Parameters a
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from spectool.errors import GraphError
 from spectool.graph.aten import Slot
 from spectool.graph.boundaries import wall_kind
 from spectool.graph.types import Call, Graph, Node, Opaque, Value
+from spectool.graph.untouched import as_it_was, evaluation, quiet, slow_attention
 
 Tensor = torch.Tensor
 Scalar = int | float | bool
@@ -223,7 +223,7 @@ def record(
     problems = []
     for fake, dtype in attempts:
         try:
-            with _quiet():
+            with quiet():
                 return _record(module, inputs, named, fake, dtype)
         except Exception as error:  # whatever a stranger's forward raises
             text = str(error).strip().splitlines()
@@ -290,9 +290,10 @@ def _record(
         return _tensors(result)
 
     with (
-        _evaluation(module),
+        as_it_was(module),
+        evaluation(module),
         _scopes(module, writer),
-        _slow_attention(),
+        slow_attention(),
         torch.no_grad(),
         mode,
         _Recorder(writer),
@@ -320,40 +321,6 @@ def _tensors(result: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__"):
             found.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
     return found
-
-
-@contextlib.contextmanager
-def _evaluation(module: torch.nn.Module) -> Iterator[None]:
-    flags = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in flags:
-            child.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging the failure of an attempt that another one follows."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Switch off the fused attention that would hide its projections, and put it back."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def wall_of(module: torch.nn.Module) -> str | None:

@@ -9,8 +9,9 @@ from spectool.errors import UsageError
 from spectool.report.check import CheckReport
 from spectool.report.check_ci import CHECK_FORMATS
 from spectool.report.check_tables import check_layout
+from spectool.report.files import replace_file
 from spectool.report.layout import WriteOptions
-from spectool.report.writers import FORMATS, replace_file, write_layout
+from spectool.report.writers import FORMATS, write_layout
 
 _DEFAULTS = WriteOptions()
 

@@ -46,7 +46,7 @@ class ClipRow:
         change: ‖x′ − x‖/‖x‖ in that metric.
         change_lower_bound: What any weights that obey the limit change at least, in that metric.
         change_scaling: What scaling the weight down would have changed.
-        raw_change: ‖W′ − W‖/‖W‖ of the stored tensors.
+        raw_change: ‖W′ − W‖/‖W‖ of the stored tensors, or of the weight that they make.
         below_limit_disturbed: Largest change of a computed singular value that was below the limit, over the limit.
         recentered: Tensors that were moved so that the mean of the output stays.
         iterations: Rounds of the solver.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from spectool.errors import OutputError, UsageError
+from spectool.errors import UsageError
 from spectool.report.delimited import csv_bytes, tsv_bytes
+from spectool.report.files import replace_file
 from spectool.report.jsontext import json_bytes, jsonl_bytes
 from spectool.report.layout import Layout, WriteOptions, report_layout, without_columns
 from spectool.report.markdown import markdown_bytes
@@ -108,71 +106,3 @@ def format_of(path: str | Path) -> str:
         f"cannot tell the format of {path} from {found}",
         hint=f"{guess}known: {', '.join(f'.{name}' for name in FORMATS)}; or give --format",
     )
-
-
-def check_target(path: str | Path) -> None:
-    """Refuse a file that cannot be written, before anything is computed.
-
-    Raises:
-        OutputError: If the folder is missing or closed, or the path is a folder.
-    """
-    place = Path(path).resolve()
-    if place.is_dir():
-        raise OutputError(f"cannot write to {path}: it is a folder", hint="name a file in it")
-    if not place.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {place.parent}", hint="create it first")
-    closed = [needed for needed in _needed(place) if not os.access(needed, os.W_OK)]
-    if closed:
-        raise OutputError(
-            f"cannot write {path}: no permission to write {closed[0]}", hint="choose another file"
-        )
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then an atomic rename.
-
-    A link is followed, and what is no regular file (a pipe, ``/dev/null``) is written in place.
-
-    Raises:
-        OutputError: If it cannot be written; what stood there before still does.
-    """
-    check_target(path)
-    place = path.resolve()
-    try:
-        if _is_special(place):
-            place.write_bytes(data)
-            return
-        handle, temporary = tempfile.mkstemp(prefix=f".{place.name[:100]}.", suffix=".tmp", dir=place.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            # mkstemp makes files that only their owner can read; a result should look like any other file.
-            Path(temporary).chmod(place.stat().st_mode & 0o7777 if place.exists() else 0o666 & ~_umask())
-            Path(temporary).replace(place)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", hint="choose another file"
-        ) from error
-
-
-def _needed(place: Path) -> list[Path]:
-    """Return what must be writable: the folder, and the file where there is one (a rename alone would not ask it)."""
-    if _is_special(place):
-        return [place]
-    return [place.parent, place] if place.exists() else [place.parent]
-
-
-def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.gzipped import header_of, packed
-from spectool.checkpoint.source import Source
+from spectool.checkpoint.source import Source, unreadable
 from spectool.errors import CorruptFile
 
 _BLOCK = 1 << 20
@@ -30,6 +31,8 @@ def write_content(content: Content, out: int) -> None:
                 header = header_of(original)
             except (ValueError, IndexError) as error:
                 raise CorruptFile(f"{source.path}: damaged gzip header ({error})") from error
+            except OSError as error:
+                raise unreadable(source.path, error, "its gzip header") from error
             for block in packed(header, content.blocks()):
                 write_all(out, block)
         elif content.in_place:
@@ -54,7 +57,10 @@ def copy_all(source: Source, original: int, out: int) -> None:
     os.lseek(original, done, os.SEEK_SET)
     os.lseek(out, done, os.SEEK_SET)
     while done < size:
-        block = os.read(original, min(_BLOCK, size - done))
+        try:
+            block = os.read(original, min(_BLOCK, size - done))
+        except OSError as error:
+            raise unreadable(source.path, error, f"byte {done}") from error
         if not block:
             raise CorruptFile(
                 f"{source.path} ends while it is copied", hint="run again when nothing writes to it"
@@ -85,4 +91,8 @@ def write_all(out: int, data: Any) -> None:
         return
     view = view.cast("B")
     while view:
-        view = view[os.write(out, view[:_MOST]) :]
+        count = os.write(out, view[:_MOST])
+        if count == 0:
+            # No system should; going on might never end.
+            raise OSError(errno.EIO, "nothing more is written")
+        view = view[count:]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from spectool.checkpoint.patch.folder import write_copy
 from spectool.checkpoint.patch.onnxfields import external_names
-from spectool.checkpoint.patch.place import place_each, sync_folder, temporary_folder
+from spectool.checkpoint.patch.place import place_each, sync_folder
 from spectool.checkpoint.patch.plan import Plan
+from spectool.checkpoint.patch.temporary import temporary_folder
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.patch.wire import Messages
@@ -33,7 +34,7 @@ def write_external(plan: Plan, out: Path, target: Path, force: bool) -> Written:
         )
     new = _free_names(target, list(old.values()))
     contents = plan.contents({name: new[name] for name in old.values() if new[name] != name})
-    stale = _replaced_data(target, plan) if force else set()
+    stale = _replaced_data(target, plan) if force else {}
     with temporary_folder(target) as ready:
         names = {file: ready / new[name] for file, name in old.items()} | {path: ready / target.name}
         for file, staged in names.items():
@@ -42,10 +43,13 @@ def write_external(plan: Plan, out: Path, target: Path, force: bool) -> Written:
         verify(ready / target.name, plan.checkpoint, plan.edits, out)
         homes = {file: target.parent / staged.relative_to(ready) for file, staged in names.items()}
         homes[path] = target
+        plan.check_sources()
         place_each([(staged, homes[file], force and file == path) for file, staged in names.items()])
-    for file in stale:
+    for file, number in stale.items():
         with suppress(OSError):
-            file.unlink()
+            # By now the name may belong to another writer.
+            if file.stat().st_ino == number:
+                file.unlink()
     sync_folder(target.parent)
     runs = ((homes[file], *run) for file, content in contents.items() for run in content.changed())
     return Written(out, tuple(homes.values()), tuple(runs))
@@ -90,15 +94,15 @@ def _locations(source: Source, plan: Plan) -> set[str]:
     return external_names(Messages(source.read(0, source.size, "the ONNX model")), plan.checkpoint.program)
 
 
-def _replaced_data(target: Path, plan: Plan) -> set[Path]:
-    """Return the data files of the model that is replaced, if their names say that they are its own."""
+def _replaced_data(target: Path, plan: Plan) -> dict[Path, int]:
+    """Return the data files of the model that is replaced, if their names say that they are its own, with inodes."""
     if not target.is_file():
-        return set()
+        return {}
     try:
         names = _locations(Source(target), plan)
     except (SpectoolError, ValueError):
-        return set()
+        return {}
     own = {name for name in names if name.startswith(f"{target.name}.") and name.endswith(".data")}
     files = {target.parent / name for name in own if "/" not in name}
     inputs = {file.resolve() for file in plan.sources}
-    return {file for file in files if file.is_file() and file.resolve() not in inputs}
+    return {file: file.stat().st_ino for file in files if file.is_file() and file.resolve() not in inputs}

@@ -11,16 +11,9 @@ from pathlib import Path
 
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
-from spectool.checkpoint.patch.place import (
-    new_file,
-    place_each,
-    place_file,
-    place_folder,
-    sync_folder,
-    temporary_file,
-    temporary_folder,
-)
+from spectool.checkpoint.patch.place import look_of, place_each, place_folder, sync_folder
 from spectool.checkpoint.patch.plan import Plan
+from spectool.checkpoint.patch.temporary import new_file, remove, temporary_file, temporary_folder
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.source import Source
@@ -77,27 +70,32 @@ def write_index(plan: Plan, out: Path, target: Path, force: bool) -> Written:
         for relative, source in files.items():
             write_copy(ready / relative, source, plan, contents)
         verify(ready / name, plan.checkpoint, plan.edits, out)
+        plan.check_sources()
         place_each([(ready / relative, home, force) for relative, home in homes.items()])
     names = {source: homes[relative] for relative, source in files.items()}
     return Written(out, tuple(homes.values()), _runs(contents, names))
 
 
 def replace_each(plan: Plan, out: Path) -> Written:
-    """Replace the files of a checkpoint that change, each in one step, all of them written before the first."""
+    """Replace the files of a checkpoint that change, each in one step, all of them written before the first.
+
+    What happens between the first and the last step, ``place_each`` says.
+    """
     contents = plan.contents()
     with ExitStack() as stack:
         ready = {}
         # The model of an ONNX file goes last: it is what names the others.
         for file in sorted(contents, key=lambda file: file == plan.checkpoint.path):
             ready[file] = stack.enter_context(temporary_file(file))
-            with new_file(ready[file], contents[file].source.mode) as descriptor:
+            mode, owner = look_of(file, contents[file].source.mode)
+            with new_file(ready[file], mode, owner=owner, made=True) as descriptor:
                 write_content(contents[file], descriptor)
             if plan.checkpoint.format == "onnx":
                 _compare_bytes(ready[file], contents[file])
             else:
                 verify(ready[file], plan.checkpoint, plan.edits, out, shard=file)
-        for file, finished in ready.items():
-            place_file(finished, file, force=True)
+        plan.check_sources()
+        place_each([(finished, file, True) for file, finished in ready.items()])
     return Written(out, tuple(ready), _runs(contents, {file: file for file in ready}))
 
 
@@ -114,11 +112,10 @@ def _write(
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise OutputError(f"{target} holds files already", hint="name a new folder, or give --force")
-        present = (Path(folder, name) for folder, _, names in os.walk(target) for name in names)
-        lost = [str(path) for path in present if path.relative_to(target) not in files]
-        if lost:
+        if lost := _strangers(target, files):
+            some = ", ".join(str(target / path) for path in lost[:5])
             raise OutputError(
-                f"{target} holds files that the new folder would not have ({', '.join(sorted(lost)[:5])})",
+                f"{target} holds files that the new folder would not have ({some})",
                 hint="remove the folder first, or name another",
             )
     elif target.exists() and not target.is_dir():
@@ -133,9 +130,22 @@ def _write(
         for folder, _, _ in os.walk(ready, topdown=False):
             sync_folder(Path(folder))
         ready.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IRWXU)
-        place_folder(ready, target, force)
+        plan.check_sources()
+        old = place_folder(ready, target, force)
+        if old is not None:
+            for path in _strangers(old, files):
+                # Somebody put it there since we looked.
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                (old / path).rename(target / path)
+            remove(old)
     names = {source: target / relative for relative, source in files.items()}
     return Written(out, tuple(target / relative for relative in files), _runs(contents, names))
+
+
+def _strangers(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
+    """Return what a folder holds besides these files."""
+    present = (Path(place, name).relative_to(folder) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in present if path not in files)
 
 
 def _runs(contents: Mapping[Path, Content], names: Mapping[Path, Path]) -> tuple[tuple[Path, int, int], ...]:

@@ -20,7 +20,10 @@ def header_of(descriptor: int) -> bytes:
         ValueError: If it does not end within its first 128 KiB.
     """
     os.lseek(descriptor, 0, os.SEEK_SET)
-    head = os.read(descriptor, _MOST_HEADER)
+    head = b""
+    # A system may give less than it is asked for.
+    while len(head) < _MOST_HEADER and (more := os.read(descriptor, _MOST_HEADER - len(head))):
+        head += more
     flags, at = head[3], 10
     if flags & _EXTRA:
         at += 2 + int.from_bytes(head[at : at + 2], "little")

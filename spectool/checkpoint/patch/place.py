@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from spectool.checkpoint.patch.temporary import remove, temporary_name
 from spectool.errors import OutputError
 
 _NO_LINKS = {
@@ -23,7 +23,7 @@ _NO_LINKS = {
     errno.EXDEV,
     errno.EINVAL,
 }
-_EXCHANGE = 2
+_NO_REPLACE, _EXCHANGE = 1, 2
 _AT_FDCWD = -100
 _HINTS = {
     errno.ENOSPC: "make room, or write to another disk",
@@ -32,6 +32,10 @@ _HINTS = {
     errno.EACCES: "write to a folder you may write in",
     errno.EPERM: "write to a folder you may write in",
     errno.ENOENT: "create the folder first",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "write to another disk, or raise the limit (ulimit -f)",
+    errno.EMFILE: "too much is open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too much is open: close other programs",
 }
 
 
@@ -41,8 +45,13 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "nothing was written; try again or write elsewhere")
-        raise OutputError(f"{target} cannot be written ({error.strerror or error})", hint=hint) from error
+        what = f"{target} cannot be written ({error.strerror or error})"
+        raise OutputError(what, hint=hint_for(error)) from error
+
+
+def hint_for(error: OSError) -> str:
+    """Return what to do where the system refuses to write."""
+    return _HINTS.get(error.errno or 0, "nothing was written; try again or write elsewhere")
 
 
 def destination(out: Path, force: bool) -> Path:
@@ -57,10 +66,9 @@ def destination(out: Path, force: bool) -> Path:
             raise OutputError(f"{out} exists already", hint="name another output, or give --force")
         target = Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
         if not target.parent.is_dir():
-            missing = (
-                f"{target.parent} is no folder" if target.parent.exists() else f"no folder {target.parent}"
-            )
-            raise OutputError(f"{out} cannot be written: there is {missing}", hint="create the folder first")
+            there = target.parent.exists()
+            what = f"{target.parent} is no folder" if there else f"there is no folder {target.parent}"
+            raise OutputError(f"{out} cannot be written: {what}", hint="create the folder first")
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OutputError(f"{out} is neither a file nor a folder", hint="name another output")
         if not target.name:
@@ -68,55 +76,18 @@ def destination(out: Path, force: bool) -> Path:
     return target
 
 
-def temporary_name(target: Path) -> Path:
-    """Return an unused-looking name beside a target: ``.NAME.spectool-XXXXXXXX.tmp``."""
-    name = target.name
-    while len(os.fsencode(name)) > 200:
-        name = name[:-1]
-    return target.with_name(f".{name}.spectool-{os.urandom(4).hex()}.tmp")
+def look_of(target: Path, mode: int) -> tuple[int, tuple[int, int] | None]:
+    """Return the mode that a file under this name should have, and its owner and group if it replaces one.
 
-
-@contextmanager
-def new_file(path: Path, mode: int) -> Iterator[int]:
-    """Create a file that must not exist, yield its descriptor, then give it its mode and force it to the disk."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+    Args:
+        target: Its name.
+        mode: That of the original it is a copy of.
+    """
     try:
-        yield descriptor
-        path.chmod(mode)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def temporary_file(target: Path) -> Iterator[Path]:
-    """Yield an unused name beside ``target``; what stands there at the end is removed, whatever happened."""
-    path = temporary_name(target)
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
-    """Create a folder beside ``target``; what is left of it at the end is removed, whatever happened."""
-    path = temporary_name(target)
-    try:
-        path.mkdir(0o700)
-        yield path
-    finally:
-        remove_tree(path)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder if it is there, its read-only parts included."""
-    if path.is_dir() and not path.is_symlink():
-        for folder, _, _ in os.walk(path):
-            with suppress(OSError):
-                Path(folder).chmod(stat.S_IRWXU)
-        shutil.rmtree(path, ignore_errors=True)
+        status = target.stat()
+    except FileNotFoundError:
+        return mode, None
+    return status.st_mode & 0o777, (status.st_uid, status.st_gid)
 
 
 def place_file(ready: Path, target: Path, force: bool) -> None:
@@ -143,12 +114,21 @@ def place_file(ready: Path, target: Path, force: bool) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            _claim(ready, target)
+            _place_without_links(ready, target)
     sync_folder(target.parent)
 
 
-def _claim(ready: Path, target: Path) -> None:
-    """Take a name on a file system without hard links: reserve it with an empty file, then replace that."""
+def _place_without_links(ready: Path, target: Path) -> None:
+    """Take a name on a file system without hard links.
+
+    Where it cannot rename without replacing either, an empty file reserves the name until it is replaced: to be
+    killed between these two steps leaves that.
+    """
+    refused = _renamed(ready, target, _NO_REPLACE)
+    if refused == errno.EEXIST:
+        raise _taken(target)
+    if refused == 0:
+        return
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
@@ -160,8 +140,37 @@ def _claim(ready: Path, target: Path) -> None:
         raise
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One of several files on its way to its name."""
+
+    ready: Path
+    target: Path
+    #: Second name of what is replaced; None where nothing was there.
+    old: Path | None
+
+    def undo(self) -> None:
+        """Put back what was there before, as far as it can be."""
+        with suppress(OSError):
+            if self.old is None:
+                if not os.path.lexists(self.ready) or self.ready.samefile(self.target):
+                    self.target.unlink(missing_ok=True)
+            elif os.path.lexists(self.old):
+                self.old.replace(self.target)
+
+
+def _forget(steps: Sequence[_Step]) -> None:
+    for step in steps:
+        if step.old is not None:
+            remove(step.old)
+
+
 def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
-    """Give several finished files their names, in this order; if one fails, the new ones before it are removed.
+    """Give several finished files their names, in this order.
+
+    If one fails, or the run is interrupted, those before it are taken back: new names removed, old files restored
+    (on file systems with hard links). To be killed in between leaves some with their names and some not; files that
+    were replaced by then are still there as ``.NAME.spectool-XXXXXXXX.old``.
 
     Args:
         files: (finished file, name, whether to replace what is there), the one that names the others last.
@@ -169,27 +178,42 @@ def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
     Raises:
         OutputError, OSError: As ``place_file``.
     """
-    placed: list[Path] = []
+    steps: list[_Step] = []
     try:
-        for ready, target, force in files:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not os.path.lexists(target)
-            place_file(ready, target, force)
-            if fresh:
-                placed.append(target)
-    except BaseException:
-        for target in placed:
-            target.unlink(missing_ok=True)
-        raise
+        try:
+            for ready, target, force in files:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                there = force and os.path.lexists(target)
+                step = _Step(ready, target, temporary_name(target, "old") if there else None)
+                steps.append(step)
+                if step.old is not None and len(files) > 1:
+                    with suppress(OSError):
+                        os.link(target, step.old, follow_symlinks=False)
+                place_file(ready, target, force)
+        except BaseException:
+            for step in reversed(steps):
+                step.undo()
+            raise
+        finally:
+            _forget(steps)
+    finally:
+        # Once more: the first time may have been interrupted.
+        _forget(steps)
 
 
-def place_folder(ready: Path, target: Path, force: bool) -> None:
+def place_folder(ready: Path, target: Path, force: bool) -> Path | None:
     """Give a finished folder its name; an existing one is exchanged for it in one step where the system can.
+
+    Where it cannot, to be killed between two steps leaves the old folder as ``.NAME.spectool-XXXXXXXX.old``.
+
+    Returns:
+        Where the folder is that was replaced; None if there was none.
 
     Raises:
         OutputError: If the name is taken and ``force`` is not given.
         OSError: If the system refuses.
     """
+    old = None
     try:
         ready.rename(target)
     except OSError as error:
@@ -197,28 +221,37 @@ def place_folder(ready: Path, target: Path, force: bool) -> None:
             raise
         if not force or not target.is_dir():
             raise _taken(target) from None
+        old = ready
         if not _exchanged(ready, target):
-            old = temporary_name(target)
-            target.rename(old)
+            # Not .tmp: later runs remove those, and until the next step this is the only copy.
+            old = temporary_name(target, "old")
             try:
+                target.rename(old)
                 ready.rename(target)
             except BaseException:
-                old.rename(target)
+                if old.exists() and not target.exists():
+                    old.rename(target)
                 raise
-            remove_tree(old)
     sync_folder(target.parent)
+    return old
 
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Exchange two names in one step; False where the system cannot."""
+    return _renamed(one, other, _EXCHANGE) == 0
+
+
+def _renamed(one: Path, other: Path, how: int) -> int:
+    """Rename as only Linux can; return 0, or the number of the error."""
     if sys.platform != "linux":
-        return False
+        return errno.ENOSYS
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
-        return False
+        return errno.ENOSYS
     names = os.fsencode(one), os.fsencode(other)
-    done: int = function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_EXCHANGE))
-    return done == 0
+    if function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(how)) == 0:
+        return 0
+    return ctypes.get_errno() or errno.ENOSYS
 
 
 def sync_folder(folder: Path) -> None:

@@ -38,6 +38,15 @@ class Plan:
     edits: Sequence[tuple[TensorRef, torch.Tensor]]
     sources: Mapping[Path, Source]
 
+    def check_sources(self) -> None:
+        """Ask once more, just before a copy gets its name, whether the originals are what they were.
+
+        Raises:
+            CorruptFile: If one changed or vanished since it was opened.
+        """
+        for source in self.sources.values():
+            source.check()
+
     def contents(self, locations: Mapping[str, str] | None = None) -> dict[Path, Content]:
         """Return the contents of every file that changes.
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
 from spectool.checkpoint.patch.folder import replace_each, write_folder, write_index
-from spectool.checkpoint.patch.place import destination, explained, new_file, place_file, temporary_file
+from spectool.checkpoint.patch.place import destination, explained, look_of, place_file
 from spectool.checkpoint.patch.plan import Plan, plan_of
+from spectool.checkpoint.patch.temporary import new_file, temporary_file
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.types import Checkpoint
@@ -29,7 +30,8 @@ def write_checkpoint(
     state, ties, strides, order of keys, the program) stays byte for byte. Tensors that share bytes change together.
     A gzipped checkpoint is packed again under its old header. The copy is written under a temporary name beside
     ``out``, forced to the disk, opened and compared, and then given its name in one step; it has the permissions of
-    the original. What fails or is interrupted leaves no file, what is killed at most ``.NAME.spectool-XXXXXXXX.tmp``.
+    the original, or those (and the owner, as far as may be) of the file that it replaces. What fails or is interrupted
+    leaves no file, what is killed at most ``.NAME.spectool-XXXXXXXX.tmp``, which the next run to ``out`` removes.
 
     A checkpoint of several files is written as a folder: for a Hugging Face folder with everything in it (``.git``
     apart), for a shard index with the shards and the usual JSON beside it; ``out`` may then also name the new index.
@@ -81,9 +83,11 @@ def _write_file(plan: Plan, out: Path, target: Path, force: bool) -> Written:
     path = plan.checkpoint.path
     content = plan.contents().get(path) or Content(plan.sources[path], [])
     with temporary_file(target) as ready:
-        with new_file(ready, content.source.mode) as descriptor:
+        mode, owner = look_of(target, content.source.mode)
+        with new_file(ready, mode, owner=owner, made=True) as descriptor:
             write_content(content, descriptor)
         verify(ready, plan.checkpoint, plan.edits, out)
+        plan.check_sources()
         place_file(ready, target, force)
     return Written(out, (target,), tuple((target, *run) for run in content.changed()))
 

@@ -75,9 +75,12 @@ class _Record:
 
 def _changed_records(content: Content, limits: Limits) -> list[tuple[_Record, list[Splice]]]:
     source = content.source
-    with source.stream(limits, "directory_bytes") as stream, zipfile.ZipFile(stream) as archive:
-        infos = archive.infolist()
-        first: int = archive.start_dir
+    try:
+        with source.stream(limits, "directory_bytes") as stream, zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
+            first: int = archive.start_dir
+    except zipfile.BadZipFile as error:
+        raise CorruptFile(f"{source.path}: {error}", hint="copy it again") from error
     directory = source.read(first, source.size - first, "the zip directory")
     entries, at = [], 0
     for info in infos:

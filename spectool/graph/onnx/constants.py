@@ -209,8 +209,37 @@ class Constants:
             return None
         return entry.origins[0] if self._is_key(entry.origins[0], entry.shape) else None
 
-    def provenance(self, name: str) -> tuple[str, Shape, Array] | None:
+    def make(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """Compute a constant from stored tensors that ``read`` gives by key.
+
+        Raises:
+            OperatorError: If it cannot be computed.
+        """
+        return _to_torch(self._made_of(name, read))
+
+    def _made_of(self, name: str, read: Callable[[str], torch.Tensor]) -> Array:
+        entry = self.table[name]
+        key = self.plain(name)
+        if key is not None:
+            return _to_numpy(read(key))
+        if entry.node is None or not entry.origins:
+            return self.value(name)
+        node, inputs, index = entry.node
+        try:
+            return self.evaluator.run(node, [self._made_of(one, read) if one else None for one in inputs])[
+                index
+            ]
+        except ValueError as error:
+            raise OperatorError(str(error)) from error
+
+    def provenance(
+        self, name: str, base: Callable[[str], bool] | None = None
+    ) -> tuple[str, Shape, Array] | None:
         """Return the one stored tensor that a constant is a rearrangement of.
+
+        Args:
+            name: The constant.
+            base: Which computed constants to stop at; by default stored tensors.
 
         Returns:
             That tensor's key and shape and the flat index of each entry, or None if there is no such tensor or the
@@ -219,15 +248,17 @@ class Constants:
         entry = self.table.get(name)
         if entry is None or entry.numel > _MODERATE:
             return None
+        if base is not None and entry.node is not None and base(name):
+            return name, entry.shape, np.arange(entry.numel, dtype=np.int64).reshape(entry.shape)
         if entry.node is None:
-            if entry.depth or len(entry.origins) != 1:
+            if base is not None or entry.depth or len(entry.origins) != 1:
                 return None
             return entry.origins[0], entry.shape, np.arange(entry.numel, dtype=np.int64).reshape(entry.shape)
         node, inputs, index = entry.node
         if node.op_type not in _MOVERS:
             return None
         found = [
-            self.provenance(source) if _is_data(node.op_type, position) else None
+            self.provenance(source, base) if _is_data(node.op_type, position) else None
             for position, source in enumerate(inputs)
         ]
         origins = {(item[0], item[1]) for item in found if item is not None}

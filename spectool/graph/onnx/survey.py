@@ -12,6 +12,7 @@ from onnx import helper
 
 from spectool.checkpoint.onnxfile import named_tensors
 from spectool.errors import GraphError
+from spectool.graph.computed import Computed
 from spectool.graph.onnx.constants import Constants, dtype_name
 from spectool.graph.onnx.evaluate import Array, Evaluator
 from spectool.graph.onnx.inputs import declared_shape, example_shapes, missing_size, ones, resolve_inputs
@@ -116,6 +117,13 @@ def _survey(
         move=_mover(state),
         provenance=state.constants.provenance,
         plain=state.constants.plain,
+        computed=Computed(
+            graph.origins,
+            {**graph.constants, **state.constants.stored_shapes},
+            state.constants.make,
+            checkpoint.read,
+            state.constants.provenance,
+        ),
     )
     survey = survey_graph(graph, known, source="onnx", notes=state.notes)
     unsized = [
