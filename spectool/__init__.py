@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectool.api import SpectralClipper, check, clip, clip_, inspect, ls, svds
+    from spectool.checkpoint.limits import Limits
     from spectool.errors import SpectoolError
     from spectool.report.check import CheckReport, CheckRow
     from spectool.report.clip import ClipReport, ClipRow
@@ -20,6 +21,7 @@ __all__ = [
     "CheckRow",
     "ClipReport",
     "ClipRow",
+    "Limits",
     "Report",
     "Row",
     "SpectoolError",
@@ -42,6 +44,7 @@ _HOMES = {
     "inspect": "spectool.api",
     "ls": "spectool.api",
     "svds": "spectool.api",
+    "Limits": "spectool.checkpoint.limits",
     "CheckReport": "spectool.report.check",
     "CheckRow": "spectool.report.check",
     "ClipReport": "spectool.report.clip",

@@ -53,12 +53,6 @@ def rezip(path: Path, change: Callable[[zipfile.ZipFile, str, bytes], None]) -> 
     return new
 
 
-def test_compressed_storages(plain: Path) -> None:
-    new = rezip(plain, lambda archive, name, data: archive.writestr(name, data, zipfile.ZIP_DEFLATED))
-    with pytest.raises(CorruptFile, match="is compressed, which torch never does"):
-        open_checkpoint(new)
-
-
 def test_compressed_pickle_is_unpacked_within_its_size(plain: Path) -> None:
     def change(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
         archive.writestr(name, data, zipfile.ZIP_DEFLATED if name.endswith(".pkl") else zipfile.ZIP_STORED)
@@ -80,65 +74,6 @@ def test_large_pickle_record(plain: Path) -> None:
         open_checkpoint(plain, limits=Limits(directory_bytes=300))
     with pytest.raises(LimitExceeded, match="limit records = 3"):
         open_checkpoint(plain, limits=Limits(records=3))
-
-
-@pytest.mark.parametrize("name", ["net/../x", "/net/data/0", "net/data\\0", "..", "net/data/..", "net//../x"])
-def test_unsafe_record_names(plain: Path, name: str) -> None:
-    with zipfile.ZipFile(plain, "a") as archive:
-        archive.writestr(name, b"")
-    with pytest.raises(CorruptFile, match="zip record with the unsafe name"):
-        open_checkpoint(plain)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_repeated_record(plain: Path) -> None:
-    with zipfile.ZipFile(plain, "a") as archive:
-        archive.writestr("net/data/0", bytes(64))
-    with pytest.raises(CorruptFile, match="has 'net/data/0' twice"):
-        open_checkpoint(plain)
-
-
-def central(data: bytes, name: bytes) -> int:
-    """Position of a record's entry in the central directory."""
-    at = -1
-    while (at := data.index(b"PK\1\2", at + 1)) >= 0:
-        if data[at + 46 :].startswith(name):
-            return at
-    raise AssertionError(name)
-
-
-def patched(path: Path, name: bytes, field: int, value: bytes) -> Path:
-    data = bytearray(path.read_bytes())
-    at = central(bytes(data), name) + field
-    data[at : at + len(value)] = value
-    path.write_bytes(data)
-    return path
-
-
-def test_encrypted_record(plain: Path) -> None:
-    with pytest.raises(CorruptFile, match="'net/data/0' is encrypted"):
-        open_checkpoint(patched(plain, b"net/data/0", 8, b"\1\0"))
-
-
-def test_two_entries_for_one_record(plain: Path) -> None:
-    zero = plain.read_bytes()[central(plain.read_bytes(), b"net/data/0") + 42 :][:4]
-    with pytest.raises(CorruptFile, match="'net/data/1' is not where the zip directory says"):
-        open_checkpoint(patched(plain, b"net/data/1", 42, zero))
-
-
-def test_overlapping_records(plain: Path) -> None:
-    """Two directory entries may not claim the same bytes (the trick of dense zip bombs)."""
-    longer = struct.pack("<I", 264)
-    with pytest.raises(CorruptFile, match="overlaps the one before it"):
-        open_checkpoint(patched(plain, b"net/data/0", 20, longer + longer))
-
-
-def test_record_that_ends_after_the_file(plain: Path) -> None:
-    huge = struct.pack("<I", 2**31)
-    with zipfile.ZipFile(plain) as archive:
-        last = max(archive.infolist(), key=lambda info: info.header_offset).filename
-    with pytest.raises(CorruptFile, match=r"ends after .* needs"):
-        open_checkpoint(patched(plain, last.encode(), 20, huge + huge))
 
 
 # --- legacy files -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from cli_runs import run, run_shell, run_terminal
 from report_cases import any_size_row, conv_row, linear_row, pair_row, skipped_row, small_report
 
+from spectool.checkpoint.limits import Limits
 from spectool.cli import main
 from spectool.errors import CorruptFile, NothingToAnalyse
 from spectool.report import Report
@@ -115,7 +116,7 @@ def test_every_option_reaches_the_library(spectool: Run, asked: dict[str, Any]) 
         "inspect net.pt -k 3 --input a=1x3x32x32 --input b=1x10 --method power --tol 1e-3 --max-matvecs 50 "
         "--certify --seed 7 --device cpu --dtype float64 --level layer --layers conv* --layers fc "
         "--exclude head --kind conv2d,linear --kind lora --assume-bn --key ema --list --shard 2/4 --hash "
-        "--trust --no-recognise --arch torchvision:resnet18 --arch-args"
+        "--trust --no-recognise --arch torchvision:resnet18 --max-tensor-bytes 2GB --limit depth=9 --arch-args"
     )
     code, _, err = spectool(*line.split(), '{"num_classes": 10}')
     assert code == 0, err
@@ -128,6 +129,7 @@ def test_every_option_reaches_the_library(spectool: Run, asked: dict[str, Any]) 
         "assume_bn": True, "key": "ema", "list_only": True, "shard": (2, 4), "hash": True,
         "trust": True, "recognise": False,
         "arch": "torchvision:resnet18", "arch_args": {"num_classes": 10},
+        "limits": Limits(tensor_bytes=2 * 10**9, depth=9),
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def checkpoint(*refs: TensorRef) -> Checkpoint:
 def spectool(
     monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> Run:
-    monkeypatch.setattr("spectool.checkpoint.open_checkpoint", lambda path, key=None: checkpoint())
+    monkeypatch.setattr("spectool.checkpoint.open_checkpoint", lambda path, **options: checkpoint())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"x")
 

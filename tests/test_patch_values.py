@@ -31,7 +31,7 @@ def test_edits_that_contradict_each_other(tmp_path: Path, form: dict[str, Any]) 
         {"whole": new, "row": new[3]},
         {"row": new[3], "even": new[::2]},
     ):
-        with pytest.raises(ValueError, match="share bytes and their new values contradict"):
+        with pytest.raises(OutputError, match="share bytes and their new values contradict"):
             checkpoint.write(out, edits)
     assert_clean(tmp_path, "in.pt")
     checkpoint.write(out, {"whole": new, "row": new[2]})

@@ -17,6 +17,7 @@ from spectool.api.rows import Options, listed_row
 from spectool.api.settling import level_of, settle
 from spectool.api.sources import InputShapes, Ways
 from spectool.api.verdicts import Gate, judge, ungated
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.errors import NothingToAnalyse, UsageError
 from spectool.graph import Region, Skipped
 from spectool.progress import Progress, Step, silent
@@ -52,6 +53,7 @@ def check(
     trust: bool = False,
     shard: tuple[int, int] | None = None,
     hash: bool = False,
+    limits: Limits = DEFAULT,
     progress: Progress = silent,
 ) -> CheckReport:
     """Decide for every operator whether its largest singular value is within a limit.
@@ -89,6 +91,7 @@ def check(
         trust: Whether the code of a pickled module may run to give exact operators.
         shard: (i, n): check every n-th operator from the i-th.
         hash: Whether to hash the file.
+        limits: What the file may ask for.
         progress: Receives steps.
 
     Returns:
@@ -113,7 +116,7 @@ def check(
     gate = Gate(_relative(slack, "slack"), _relative(tolerance, "tolerance"), accept_probabilistic)
     earlier = None if baseline is None else read_baseline(baseline)
     options = Options(1, method, tol, max_matvecs, True, seed, choose_device(device), choose_dtype(dtype))
-    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust)
+    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust, limits)
     selection = Selection(level, layers, exclude, kinds, shard)
     settings = {
         **settings_of(options, ways, selection, input_shape),

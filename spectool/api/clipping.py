@@ -21,6 +21,7 @@ from spectool.api.rows import Load, Options
 from spectool.api.settling import level_of
 from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import write_checkpoint
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.checkpoint.patch.place import destination
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
@@ -63,6 +64,7 @@ def clip(
     recognise: bool = True,
     trust: bool = False,
     hash: bool = False,
+    limits: Limits = DEFAULT,
     progress: Progress = silent,
 ) -> ClipReport:
     """Write the nearest checkpoint with σ₁ of every operator at most its limit.
@@ -105,6 +107,7 @@ def clip(
         recognise: Whether to look a bare state dict up among known architectures.
         trust: Whether the code of a pickled module may run to give exact operators.
         hash: Whether to hash the file.
+        limits: What the file may ask for.
         progress: Receives steps.
 
     Returns:
@@ -138,7 +141,7 @@ def clip(
         )
     target = None if out is None or dry_run else _checked_target(Path(source), Path(out), force)
     options = Options(k, "auto", tol, max_matvecs, False, seed, choose_device(device), choose_dtype(dtype))
-    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust)
+    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust, limits)
     selection = Selection(level, layers, exclude, kinds, None)
     settings = {
         **settings_of(options, ways, selection, input_shape),

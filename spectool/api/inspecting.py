@@ -14,6 +14,7 @@ from spectool.api.job import Selection, numbered, open_job, report_of, settings_
 from spectool.api.operators import function_map
 from spectool.api.rows import Options, Tightening, analysed_row, fill, listed_row
 from spectool.api.sources import InputShapes, Ways
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.errors import UsageError
 from spectool.progress import Progress, Step, silent
 from spectool.report.row import Report, Row
@@ -48,6 +49,7 @@ def inspect(
     trust: bool = False,
     shard: tuple[int, int] | None = None,
     hash: bool = False,
+    limits: Limits = DEFAULT,
     progress: Progress = silent,
 ) -> Report:
     """Find every implicitly linear operator and enclose its largest singular values.
@@ -80,6 +82,7 @@ def inspect(
         list_only: Whether to list operators and geometry only, nothing computed.
         shard: (i, n): analyse every n-th operator from the i-th.
         hash: Whether to hash the file.
+        limits: What the file may ask for.
         progress: Receives steps.
 
     Returns:
@@ -100,7 +103,7 @@ def inspect(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise UsageError(f"k is {k!r}; it counts singular values", hint="use k >= 1")
     options = Options(k, method, tol, max_matvecs, certify, seed, choose_device(device), choose_dtype(dtype))
-    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust)
+    ways = Ways(assume_bn, key, arch, arch_args, recognise, trust, limits)
     selection = Selection(level, layers, exclude, kinds, shard)
     settings = settings_of(options, ways, selection, input_shape)
     if not isinstance(source, (str, Path, torch.nn.Module)):

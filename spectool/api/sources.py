@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectool.checkpoint import open_checkpoint
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.errors import CheckpointError, GraphError, UsageError
 from spectool.graph import Region, Survey, survey
 
@@ -52,6 +53,7 @@ class Ways:
         arch_args: Arguments of its factory.
         recognise: Whether to look the file's keys and shapes up among known architectures.
         trust: Whether the code of a pickled module may run.
+        limits: What the file may ask for.
     """
 
     assume_bn: bool = False
@@ -60,6 +62,7 @@ class Ways:
     arch_args: Mapping[str, Any] | None = None
     recognise: bool = True
     trust: bool = False
+    limits: Limits = DEFAULT
 
 
 def find(source: str | Path | torch.nn.Module, ways: Ways, input_shape: InputShapes | None = None) -> Found:
@@ -83,7 +86,7 @@ def find(source: str | Path | torch.nn.Module, ways: Ways, input_shape: InputSha
 
         found = survey_live(source, shapes)
         return Found(found, None, None, found.notes)
-    checkpoint = open_checkpoint(source, key=ways.key)
+    checkpoint = open_checkpoint(source, key=ways.key, limits=ways.limits)
     found, notes = _find(checkpoint, ways, shapes)
     told = (*checkpoint.notes, *notes, *found.notes)
     return Found(found, str(source), checkpoint.format, told, checkpoint)

@@ -13,6 +13,11 @@ from spectool.checkpoint.source import Source
 from spectool.errors import CorruptFile
 
 _LOCAL = struct.Struct("<4s5H3L2H")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+#: A comment behind the directory can be no longer than this.
+_LONGEST_TAIL = _END.size + (1 << 16)
 _ENCRYPTED = 1
 _UTF8 = 1 << 11
 
@@ -57,6 +62,7 @@ class Archive:
         nested = len(tops) == 1 and all("/" in info.filename for info in infos)
         self.top = next(iter(tops)) if nested else ""
         self.records: dict[str, Record] = {}
+        folded: set[str] = set()
         prefix = len(self.top) + 1 if nested else 0
         end = 0
         for info in sorted(infos, key=lambda info: info.header_offset):
@@ -67,6 +73,12 @@ class Archive:
             short = info.filename[prefix:]
             if short in self.records:
                 raise CorruptFile(f"{source.path}: the zip archive has {info.filename!r} twice")
+            if short.lower() in folded:
+                # torch finds records without regard to case, and so might take the other one.
+                raise CorruptFile(
+                    f"{source.path}: {info.filename!r} differs from another zip record only in case"
+                )
+            folded.add(short.lower())
             self.records[short] = record
 
     def _directory(self) -> list[zipfile.ZipInfo]:
@@ -77,6 +89,7 @@ class Archive:
                 zipfile.ZipFile(stream) as archive,
             ):
                 infos = archive.infolist()
+                self._check_end(archive.start_dir)
         # zipfile raises whatever the damaged field provokes.
         except (
             zipfile.BadZipFile,
@@ -101,6 +114,40 @@ class Archive:
             ):
                 raise CorruptFile(f"{path}: zip record with the unsafe name {info.filename!r}")
         return [info for info in infos if not info.is_dir()]
+
+    def _check_end(self, first: int) -> None:
+        """Refuse an archive that another reader could take for another one.
+
+        ``zipfile`` looks for the directory in front of the last end record and shifts every position when it is not
+        where that record says; torch's reader goes by the record alone. A file could show each of them its own weights.
+
+        Args:
+            first: Where ``zipfile`` found the directory.
+        """
+        source = self.source
+        # Records in front of the directory may be archives themselves, with ends of their own.
+        size = min(source.size - max(first, 0), _LONGEST_TAIL)
+        tail = source.read(source.size - size, size, "the end of the zip archive")
+        at = tail.rfind(b"PK\5\6")
+        fields = _END.unpack_from(tail, at)
+        start, length, end = fields[6], fields[5], source.size - size + at
+        fault = ""
+        if tail.count(b"PK\5\6") > 1:
+            fault = "has two ends"
+        elif end + _END.size + fields[7] != source.size:
+            fault = "has bytes behind its end"
+        if not fault and (start == 0xFFFFFFFF or tail[max(at - _LOCATOR.size, 0) :][:4] == b"PK\6\7"):
+            end -= _LOCATOR.size
+            _, _, where, _ = _LOCATOR.unpack(source.read(end, _LOCATOR.size, "the zip64 locator"))
+            wide = _END64.unpack(source.read(where, _END64.size, "the zip64 end record"))
+            if wide[0] != b"PK\6\6" or where + 12 + wide[1] != end:
+                fault = "has a zip64 end record that is not where it should be"
+            start, length, end = wide[9], wide[8], where
+        if fault or start != first or start + length != end:
+            raise CorruptFile(
+                f"{source.path}: the zip archive {fault or 'has its directory elsewhere than it says'}",
+                hint="what one reader takes for its contents another may not: save it again with torch.save",
+            )
 
     def _locate(self, info: zipfile.ZipInfo) -> Record:
         what = f"zip record {info.filename!r}"

@@ -51,7 +51,7 @@ def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | 
     """
     path = source.path
     limits.check("header_bytes", source.size, f"{path}: the JSON text")
-    index = parse_object(source.read(0, source.size), str(path))
+    index = parse_object(source.read(0, source.size), str(path), limits)
     places = index.get("weight_map")
     if not isinstance(places, dict):
         return None
@@ -136,5 +136,5 @@ def beside(path: Path, limits: Limits) -> dict[str, Any]:
         if file.is_file():
             source = Source(file)
             limits.check("header_bytes", source.size, f"{file}: the JSON text")
-            found[key] = parse_object(source.read(0, source.size), str(file))
+            found[key] = parse_object(source.read(0, source.size), str(file), limits, infinities=True)
     return found

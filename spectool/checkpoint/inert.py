@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import reprlib
+from dataclasses import dataclass
 from typing import Any
 
+#: Texts of values for messages: data from a file can be shared so often that ``repr`` would never end.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
+_BRIEF.maxstring = _BRIEF.maxother = 60
 
-@dataclass(frozen=True)
+
+def brief(value: Any) -> str:
+    """Return a short text for any value out of a pickle."""
+    return _BRIEF.repr(value)
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """A class, function or constant that the pickle names; never looked up.
 
@@ -24,7 +35,10 @@ _GRAPH_MODULES = (
 )
 
 
-@dataclass(eq=False)
+_NO_ATTRIBUTES: dict[str, Any] = {}
+
+
+@dataclass(eq=False, repr=False, slots=True)
 class Foreign:
     """An object that the pickle would have built by running foreign code.
 
@@ -32,27 +46,42 @@ class Foreign:
         cls: Dotted name of its class, or of the function that would have made it.
         args: What that would have been called with.
         state: What ``__setstate__`` would have got.
-        entries: Items that would have been set (subclasses of dict).
-        elements: Items that would have been appended or added (subclasses of list, sets).
+        entries: Items that would have been set (subclasses of dict); None if there were none.
+        elements: Items that would have been appended or added (subclasses of list, sets); None if there were none.
     """
 
     cls: str
     args: tuple[Any, ...] = ()
     state: Any = None
-    entries: dict[Any, Any] = field(default_factory=dict)
-    elements: list[Any] = field(default_factory=list)
+    entries: dict[Any, Any] | None = None
+    elements: list[Any] | None = None
+    _attributes: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        # What it holds may hold itself, or more than could ever be written.
+        return f"<{self.cls[:60]}>"
 
     def attributes(self) -> dict[str, Any]:
-        """Return its state as attribute name → value, slots included; empty if the state is no dict."""
+        """Return its state as attribute name → value, slots included; empty if the state is no dict.
+
+        To be called when the pickle has been read: the answer is kept, because one object may stand in many places.
+        """
+        if self._attributes is None:
+            self._attributes = self._named_state()
+        return self._attributes
+
+    def _named_state(self) -> dict[str, Any]:
         if self.cls in _GRAPH_MODULES and self.args and isinstance(self.args[0], dict):
             return self.args[0]
+        if self.state is None:
+            return _NO_ATTRIBUTES
         parts = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
         if not all(part is None or isinstance(part, dict) for part in parts):
             return {}
         return {str(name): value for part in parts if part for name, value in part.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Storage:
     """Where a run of elements lies.
 
@@ -71,9 +100,11 @@ class Storage:
 
 #: Entries of a tuple that is used as a dict key, all levels together.
 _LARGEST_KEY = 256
+#: More axes than torch itself can save.
+MOST_AXES = 64
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Tensor:
     """A tensor that the pickle would have built.
 
@@ -99,6 +130,11 @@ class Tensor:
     quantization: dict[str, Any] | None = None
     byteorder: str = "little"
 
+    def fill(self, other: Tensor) -> None:
+        """Become what ``other`` is."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(other, name))
+
 
 class BadCall(Exception):
     """A known function has arguments or a state it cannot have; the reader turns it into ``CorruptFile``."""
@@ -112,6 +148,9 @@ def integers(values: Any) -> tuple[int, ...]:
     """
     if not isinstance(values, tuple | list) or not all(type(v) is int and 0 <= v < 2**63 for v in values):
         raise ValueError("a shape, stride or offset is not made of small non-negative integers")
+    if len(values) > MOST_AXES:
+        # Their product alone would be a number of megabytes.
+        raise ValueError(f"an impossible shape of {len(values)} axes")
     return tuple(values)
 
 
@@ -122,6 +161,8 @@ def set_items(target: Any, items: list[Any]) -> None:
         TypeError: If the target or a key cannot be used so.
         ValueError: If a key is too costly to hash.
     """
+    if isinstance(target, Foreign) and target.entries is None:
+        target.entries = {}
     entries = target.entries if isinstance(target, Foreign) else target
     if not isinstance(entries, dict) or len(items) % 2:
         raise TypeError(f"items are set in a {type(target).__name__}")
@@ -140,6 +181,8 @@ def append_items(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif isinstance(target, Foreign):
+        if target.elements is None:
+            target.elements = []
         target.elements.extend(items)
     else:
         raise TypeError(f"items are appended to a {type(target).__name__}")

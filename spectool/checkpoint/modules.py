@@ -15,6 +15,7 @@ _PLAIN = (bool, int, float, complex, str, bytes)
 #: An attribute that is a longer list or dict is data that somebody hung on the module, not geometry.
 _LONGEST = 256
 _DEEPEST = 8
+_MOST_NOTES = 50
 
 
 class Collector:
@@ -37,6 +38,8 @@ class Collector:
         self._nest = nest
         self._limits = limits
         self._visited = 0
+        self._characters = 0
+        self._repeated: dict[str, int] = {}
 
     def collect(self, choice: Choice) -> InertModule | None:
         """Name every tensor of a choice; return its module tree if it has one."""
@@ -76,13 +79,14 @@ class Collector:
             elif is_module(value):
                 self._module(value, key, depth + 1)
             elif not training and is_training(name, value):
-                self.notes.append(f"ignored {key!r} (training state)")
+                self._note(f"ignored {key!r} (training state)")
             else:
                 self.flatten(value, key, depth + 1, training=training)
 
     def _module(self, module: Foreign, prefix: str, depth: int) -> InertModule:
         self._count(prefix, depth)
         state = module.attributes()
+        self._spend(len(state) + sum(len(state[name]) for name in _REGISTRIES if _is_dict(state.get(name))))
         parameters: dict[str, str] = {}
         for registry in ("_parameters", "_buffers"):
             entries = state.get(registry)
@@ -117,7 +121,8 @@ class Collector:
             return InertObject("torch.Tensor", {"dtype": value.dtype, "shape": value.shape})
         if isinstance(value, Foreign):
             if value.cls in ("builtins.set", "builtins.frozenset"):
-                return self._plain(tuple(value.elements), depth + 1)
+                elements = value.elements or []
+                return self._plain(tuple(elements) if len(elements) <= _LONGEST else elements, depth + 1)
             if depth >= _DEEPEST or is_module(value):
                 return InertObject(value.cls)
             state = value.attributes() or ({"args": value.args} if value.args else {})
@@ -134,20 +139,37 @@ class Collector:
         return InertObject(f"{type(value).__module__}.{type(value).__qualname__}")
 
     def _add(self, name: str, tensor: Tensor) -> str:
-        key, number = name, 1
+        key, number = name, self._repeated.get(name, 1)
         while key in self.tensors:
             number += 1
             key = f"{name}#{number}"
         if number > 1:
-            self.notes.append(f"{name!r} stands for several tensors; this one is {key!r}")
+            self._repeated[name] = number
+            self._note(f"{name!r} stands for several tensors; this one is {key!r}")
         self.tensors[key] = tensor
-        self._count(name, 0)
+        self._count(key, 0)
         return key
 
+    def _note(self, text: str) -> None:
+        if len(self.notes) < _MOST_NOTES:
+            self.notes.append(text)
+        elif len(self.notes) == _MOST_NOTES:
+            self.notes.append("and more of that kind")
+
     def _count(self, where: str, depth: int) -> None:
-        self._visited += 1
-        self._limits.check("names", self._visited, f"{self._what}: the number of parts")
+        self._spend(1)
+        # Every key repeats the names of the parts around it.
+        self._characters += len(where)
+        self._limits.check("name_bytes", self._characters, f"{self._what}: its names together")
         self._limits.check("depth", depth, f"{self._what}: the depth of {where[:60]!r}")
+
+    def _spend(self, steps: int) -> None:
+        self._visited += steps
+        self._limits.check("names", self._visited, f"{self._what}: the number of parts")
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def scalars(node: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ _AVERAGED = re.compile(r"(^|[_.])(ema|swa|avg|averaged?|shadow)([_.]|$)|ema$", r
 
 #: Paths listed for ``key``, at most.
 _MOST_CANDIDATES = 200
+_LONGEST_CANDIDATE = 1000
 _MOST_LISTED = 20
 
 
@@ -58,14 +60,23 @@ class Nest:
         self.root = root
         self._limits = limits
         self._bearing = _bearing(root)
+        self._parts: dict[int, list[tuple[str, Any]]] = {}
 
     def bears(self, value: Any) -> bool:
         """Tell whether a value is a tensor or holds one at any depth."""
         return isinstance(value, Tensor) or id(value) in self._bearing
 
     def parts(self, node: Any) -> list[tuple[str, Any]]:
-        """Return the tensor-bearing parts directly below a node, by name."""
-        return [(name, value) for name, value in parts(node) if self.bears(value)]
+        """Return the tensor-bearing parts directly below a node, by name.
+
+        The answer is kept: a large part may stand in a million places.
+        """
+        found = self._parts.get(id(node))
+        if found is None:
+            found = self._parts[id(node)] = [
+                (name, value) for name, value in parts(node) if self.bears(value)
+            ]
+        return found
 
     def candidates(self) -> list[tuple[tuple[str, ...], Any]]:
         """Return the parts that ``key`` can choose: every path to a dict, list or module with tensors in it."""
@@ -77,6 +88,8 @@ class Nest:
                 if is_module(node):
                     continue
                 for name, value in self.parts(node):
+                    if len(name) > _LONGEST_CANDIDATE:
+                        continue
                     if not isinstance(value, Tensor) and len(found) < _MOST_CANDIDATES:
                         found.append(((*path, name), value))
                         below.append(((*path, name), value))
@@ -100,11 +113,13 @@ class Nest:
         while not isinstance(node, Tensor) and not is_module(node):
             self._limits.check("depth", len(path), "the nest of dicts around the tensors")
             kept, left = self._select(node)
-            for name, why in left:
-                notes.append(f"ignored {'.'.join((*path, name))!r} ({why})")
+            for name, why in left[:_MOST_LISTED]:
+                notes.append(f"ignored {_dotted(path, name)!r} ({why})")
+            if len(left) > _MOST_LISTED:
+                notes.append(f"ignored {len(left) - _MOST_LISTED} more")
             if len(kept) != 1 or isinstance(kept[0][1], Tensor):
                 if not kept:
-                    others = ", ".join(".".join((*path, name)) for name, _ in left)
+                    others = ", ".join(_dotted(path, name) for name, _ in left[:_MOST_LISTED])
                     raise NothingToAnalyse(
                         f"it holds only {others}", hint="name a file that holds weights, or a --key"
                     )
@@ -160,44 +175,70 @@ def parts(node: Any) -> Iterator[tuple[str, Any]]:
     """Yield the named parts of a container or placeholder; nothing for plain values."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield key if isinstance(key, str) else str(key), value
+            yield key if type(key) is str else str(key), value
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield str(index), value
     elif isinstance(node, Foreign):
         state = node.attributes()
         yield from state.items()
-        yield from parts(node.entries)
-        yield from parts(node.elements)
-        if not state and node.state is not None and not isinstance(node.state, dict):
+        yield from parts(node.entries or {})
+        yield from parts(node.elements or ())
+        if isinstance(node.state, Foreign):
+            # Not its parts: objects can be each other's state without end.
+            yield "state", node.state
+        elif not state and node.state is not None and not isinstance(node.state, dict):
             yield from parts(node.state)
         elif node.state is None:
             yield from parts(node.args)
 
 
-def _bearing(root: Any) -> dict[int, Any]:
-    """Return the containers that hold a tensor at any depth, by identity. Linear, whatever is shared or cyclic."""
-    seen: dict[int, Any] = {id(root): root}
-    above: dict[int, list[Any]] = {}
-    pending = [root]
-    holders: list[Any] = []
-    while pending:
-        node = pending.pop()
+def _has_parts(value: Any) -> bool:
+    if isinstance(value, Foreign):
+        return bool(value.args or value.entries or value.elements or value.state is not None)
+    return isinstance(value, dict | list | tuple) and len(value) > 0
+
+
+def _bearing(root: Any) -> set[int]:
+    """Return the identities of the containers that hold a tensor at any depth, whatever is shared or cyclic.
+
+    Linear in time. In memory some 150 bytes a container, because a few megabytes of pickle can make millions of them:
+    who holds whom stands in arrays.
+    """
+    numbers = {id(root): 0}
+    nodes = [root]
+    inner, outer = array("i"), array("i")
+    bearing = array("i")
+    for number, node in enumerate(nodes):  # grows while it is walked
         for _, value in parts(node):
             if isinstance(value, Tensor):
-                holders.append(node)
-            elif isinstance(value, dict | list | tuple | Foreign):
-                above.setdefault(id(value), []).append(node)
-                if id(value) not in seen:
-                    seen[id(value)] = value
-                    pending.append(value)
-    bearing: dict[int, Any] = {}
-    while holders:
-        node = holders.pop()
-        if id(node) not in bearing:
-            bearing[id(node)] = node
-            holders.extend(above.get(id(node), ()))
-    return bearing
+                if not bearing or bearing[-1] != number:
+                    bearing.append(number)
+            elif _has_parts(value):
+                place = numbers.setdefault(id(value), len(nodes))
+                if place == len(nodes):
+                    nodes.append(value)
+                inner.append(place)
+                outer.append(number)
+    del numbers
+    # Sort the pairs by the inner container: those around container i stand from starts[i] to starts[i + 1].
+    starts = array("i", bytes(4 * (len(nodes) + 1)))
+    for place in inner:
+        starts[place + 1] += 1
+    for place in range(len(nodes)):
+        starts[place + 1] += starts[place]
+    around, free = array("i", bytes(4 * len(outer))), starts[:]
+    for place, number in zip(inner, outer, strict=True):
+        around[free[place]] = number
+        free[place] += 1
+    found: set[int] = set()
+    pending = list(bearing)
+    while pending:
+        number = pending.pop()
+        if id(nodes[number]) not in found:
+            found.add(id(nodes[number]))
+            pending.extend(around[starts[number] : starts[number + 1]])
+    return found
 
 
 def is_training(name: str, value: Any) -> bool:
@@ -212,6 +253,11 @@ def is_training(name: str, value: Any) -> bool:
 
 def _is_scalar(value: Tensor) -> bool:
     return all(size == 1 for size in value.shape)
+
+
+def _dotted(path: tuple[str, ...], name: str) -> str:
+    """Return a dotted path for a message; a name in a file may be as long as the file."""
+    return ".".join(part if len(part) <= _LONGEST_CANDIDATE else f"{part[:60]}…" for part in (*path, name))
 
 
 def _describe(path: tuple[str, ...], notes: list[str]) -> tuple[str, ...]:

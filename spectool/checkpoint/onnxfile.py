@@ -10,8 +10,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, ONNX, ONNX_BITS, STORED_AS
+from spectool.checkpoint.inert import MOST_AXES
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.neighbours import is_there, lies_in
+from spectool.checkpoint.onnxsize import check_fields, check_nodes
 from spectool.checkpoint.read import Reader, find_aliases, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
@@ -70,13 +72,13 @@ def placed_tensors(model: onnx.ModelProto) -> list[tuple[str, Any, Route]]:
 
 def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, Any, Route]]:
     """Yield prefix and graph: the main one, then bodies where their nodes stand, then local functions."""
-    pending: list[tuple[str, Any, Route]] = [("", model.graph, (("graph", None),))]
-    pending += [
+    pending: list[tuple[str, Any, Route]] = [
         (f"{function.domain}.{function.name}.", function, (("functions", index),))
-        for index, function in enumerate(model.functions)
+        for index, function in reversed(list(enumerate(model.functions)))
     ]
+    pending.append(("", model.graph, (("graph", None),)))
     while pending:
-        prefix, graph, route = pending.pop(0)
+        prefix, graph, route = pending.pop()
         yield prefix, graph, route
         inner = []
         for place, node in enumerate(graph.node):
@@ -92,7 +94,7 @@ def _graphs(model: onnx.ModelProto) -> Iterator[tuple[str, Any, Route]]:
                 branch = _BRANCHES.get(attribute.name, "") if node.op_type == "If" else ""
                 way = (*route, ("node", place), ("attribute", index))
                 inner += [(f"{prefix}{label}.{branch}", body, (*way, step)) for body, step in bodies]
-        pending[:0] = inner
+        pending += reversed(inner)
 
 
 def _stored(graph: Any) -> Iterator[tuple[str, Any, Route]]:
@@ -135,8 +137,10 @@ def open_onnx(source: Source, limits: Limits) -> Checkpoint:
     """
     path = source.path
     limits.check("model_bytes", source.size, f"{path}: the ONNX model")
-    model = _parse(source)
+    model = _parse(source, limits)
     contents = _Contents(source, limits)
+    check_nodes(model, path, limits)
+    _check_names(model, path, limits)
     tensors = named_tensors(model)
     limits.check("names", len(tensors), f"{path}: the number of tensors")
     for key, proto in tensors:
@@ -166,13 +170,24 @@ def open_onnx(source: Source, limits: Limits) -> Checkpoint:
     )
 
 
-def _parse(source: Source) -> Any:
+def _check_names(model: onnx.ModelProto, path: Path, limits: Limits) -> None:
+    """Refuse labels that would be repeated before every name of large bodies."""
+    characters = 0
+    for prefix, graph, _ in _graphs(model):
+        names = 1 + len(graph.node) + len(getattr(graph, "initializer", ()))
+        characters += len(prefix) * names
+        limits.check("name_bytes", characters, f"{path}: its names together")
+
+
+def _parse(source: Source, limits: Limits) -> Any:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     model = onnx.ModelProto()
+    data = source.read(0, source.size, "the ONNX model")
+    check_fields(data, source.path, limits)
     try:
-        model.ParseFromString(source.read(0, source.size, "the ONNX model"))
+        model.ParseFromString(data)
     except (DecodeError, RecursionError) as error:
         raise CorruptFile(
             f"{source.path} begins like an ONNX model but does not parse ({error})",
@@ -236,6 +251,8 @@ def _add_tensor(contents: _Contents, key: str, proto: Any) -> None:
     path = contents.source.path
     dtype = ONNX.get(proto.data_type)
     shape = tuple(proto.dims)
+    if len(shape) > MOST_AXES:
+        raise CorruptFile(f"{path}: tensor {key!r} has the impossible number of {len(shape)} axes")
     if dtype is None or min(shape, default=0) < 0:
         contents.unread[key] = (
             "strings" if proto.data_type == 8 else f"of ONNX type {proto.data_type}, shape {shape}"
@@ -294,6 +311,10 @@ def _external(contents: _Contents, key: str, proto: Any) -> tuple[Path, int, int
         raise CorruptFile(
             f"{path}: external data of tensor {key!r} lies outside the model's folder ({location!r})",
             hint="put the data file beside the model and save the model again",
+        )
+    if is_there(file) and file.samefile(path):
+        raise CorruptFile(
+            f"{path}: external data of tensor {key!r} lies in the model itself", hint="save it again"
         )
     if not is_there(file):
         raise CheckpointError(

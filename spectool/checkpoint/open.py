@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from spectool.checkpoint.archive import Archive
+from spectool.checkpoint.dtypes import ITEMSIZE
 from spectool.checkpoint.hub import beside, is_index, open_folder, open_index
 from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.checkpoint.onnxwire import is_onnx
@@ -53,7 +54,9 @@ def open_checkpoint(path: str | Path, *, key: str | None = None, limits: Limits 
         raise unreadable(Path(error.filename or path), error) from error
     if key is not None and checkpoint.format not in _NESTED:
         raise UsageError(f"{path} ({checkpoint.format}) holds one set of tensors: key {key!r} cannot choose")
-    return checkpoint
+    for ref in checkpoint.tensors.values():
+        limits.check("tensor_bytes", ref.numel * ITEMSIZE.get(ref.dtype, 1), f"{path}: tensor {ref.name!r}")
+    return replace(checkpoint, limits=limits)
 
 
 def _open_file(path: Path, *, key: str | None, limits: Limits, shard: bool = False) -> Checkpoint:

@@ -218,7 +218,8 @@ class _Machine:
         self._stack.append(call(cls, args))
 
     def _op_inst(self, argument: str) -> None:
-        self._stack.append(call(Reference(argument.replace(" ", ".", 1)), tuple(self._take_marked())))
+        args = tuple(self._take_marked())
+        self._stack.append(call(Reference(argument.replace(" ", ".", 1)), args))
 
     def _op_obj(self, _: Any) -> None:
         cls, *args = self._take_marked()

@@ -27,20 +27,22 @@ def script_program(archive: Archive, limits: Limits, keys: Collection[str]) -> S
     total = 0
     for name in archive.records:
         if name.startswith("code/") and name.endswith(".py"):
-            text = archive.read(name, "header_bytes")
+            text = archive.read(name, "code_bytes")
             total += len(text)
-            limits.check("header_bytes", total, f"{archive.source.path}: its code")
+            limits.check("code_bytes", total, f"{archive.source.path}: its code")
             code[name.removeprefix("code/")] = text.decode("utf-8", "replace")
     if not code or "data.pkl" not in archive:
         return None
     made: dict[int, ScriptObject] = {}
-    visited = 0
+    visited = characters = 0
 
     def convert(value: Any, path: str, depth: int) -> Any:
-        nonlocal visited
+        nonlocal visited, characters
         visited += 1
+        characters += len(path)
         # Containers that share their contents can unfold without end.
         limits.check("names", visited, f"{archive.source.path}: its objects")
+        limits.check("name_bytes", characters, f"{archive.source.path}: the names of its objects together")
         limits.check("depth", depth, f"{archive.source.path}: nesting of its objects")
         if isinstance(value, Tensor):
             return StoredTensor(path) if path in keys else None
@@ -70,12 +72,19 @@ def script_program(archive: Archive, limits: Limits, keys: Collection[str]) -> S
     return ScriptProgram(root, code, tuple(constants))
 
 
-def exported_program(archive: Archive) -> ExportedProgram | None:
+def exported_program(archive: Archive, limits: Limits) -> ExportedProgram | None:
     """Return the graph of an exported program, None if there is none or there are several."""
     names = [name for name in archive.records if name.startswith("models/") and name.endswith(".json")]
     if len(names) != 1:
         return None
     document = parse_object(
-        archive.read(names[0], "header_bytes"), f"{archive.source.path}: record {names[0]!r}"
+        archive.read(names[0], "header_bytes"),
+        f"{archive.source.path}: record {names[0]!r}",
+        limits,
+        infinities=True,
     )
+    module = document.get("graph_module")
+    graph = module.get("graph") if isinstance(module, dict) else None
+    nodes = graph.get("nodes") if isinstance(graph, dict) else None
+    limits.check("nodes", len(nodes) if isinstance(nodes, list) else 0, f"{archive.source.path}: its graph")
     return ExportedProgram(document)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, torch_dtype
+from spectool.checkpoint.inert import MOST_AXES
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import TensorRef
@@ -15,9 +16,6 @@ from spectool.errors import CheckpointError, CorruptFile
 
 if TYPE_CHECKING:
     import torch
-
-#: More axes than torch itself can save.
-MOST_AXES = 64
 
 
 class Reader:

@@ -7,7 +7,16 @@ from typing import Any
 
 from spectool.checkpoint.arrays import array_from_state, frombuffer, scalar
 from spectool.checkpoint.dtypes import ITEMSIZE
-from spectool.checkpoint.inert import BadCall, Foreign, Reference, Storage, Tensor, integers, set_items
+from spectool.checkpoint.inert import (
+    BadCall,
+    Foreign,
+    Reference,
+    Storage,
+    Tensor,
+    brief,
+    integers,
+    set_items,
+)
 
 
 def call(function: Any, args: Any) -> Any:
@@ -31,7 +40,9 @@ def call(function: Any, args: Any) -> Any:
     try:
         return known(*args)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise BadCall(f"bad arguments for {function.name}: {error}") from error
+        # A KeyError shows its key, which may be anything.
+        why = brief(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise BadCall(f"bad arguments for {function.name[:80]}: {why}") from error
 
 
 def build(target: Any, state: Any) -> None:
@@ -47,7 +58,7 @@ def build(target: Any, state: Any) -> None:
         # with their tensor; numpy arrays have one of their own.
         old = isinstance(state, tuple) and state and isinstance(state[0], Tensor)
         filled = state[0] if old else array_from_state(state)
-        target.__dict__.update(filled.__dict__)
+        target.fill(filled)
     # Attributes of tensors and ordered dicts (``_metadata`` of a state dict) say nothing about values.
 
 
@@ -117,7 +128,7 @@ def _sparse(layout: Any, data: Any) -> Tensor:
 
 def _encode(text: Any, encoding: Any = "utf-8", *_: Any) -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
-        raise ValueError(f"encoding {encoding!r}")
+        raise ValueError(f"encoding {brief(encoding)}")
     data: bytes = text.encode(encoding)
     return data
 
@@ -171,9 +182,9 @@ def _reconstructed(cls: Any, base: Any, state: Any) -> Any:
     """Protocol 0 and 1 objects: ``copyreg._reconstructor(cls, object, None)``."""
     result = call(cls, ())
     if isinstance(result, Foreign) and isinstance(state, dict):
-        result.entries.update(state)
+        result.entries = {**(result.entries or {}), **state}
     elif isinstance(result, Foreign) and isinstance(state, list | tuple):
-        result.elements.extend(state)
+        result.elements = [*(result.elements or ()), *state]
     return result
 
 
@@ -188,7 +199,7 @@ def _first(value: Any, *_: Any) -> Any:
 def _dtype(value: Any) -> str:
     name = value.name.removeprefix("torch.") if isinstance(value, Reference) else ""
     if name not in ITEMSIZE:
-        raise ValueError(f"{value!r} is no element type")
+        raise ValueError(f"{brief(value)} is no element type")
     return name
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from spectool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_PACKED
+from spectool.checkpoint.inert import MOST_AXES
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
-from spectool.checkpoint.read import MOST_AXES, Reader, row_major
+from spectool.checkpoint.read import Reader, row_major
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CorruptFile, NothingToAnalyse
@@ -32,7 +33,9 @@ def open_safetensors(source: Source, limits: Limits) -> Checkpoint:
     path = source.path
     length = int.from_bytes(source.read(0, 8, "the header length"), "little")
     limits.check("header_bytes", length, f"{path}: the safetensors header")
-    header = parse_object(source.read(8, length, "the safetensors header"), f"{path}: the safetensors header")
+    header = parse_object(
+        source.read(8, length, "the safetensors header"), f"{path}: the safetensors header", limits
+    )
     extra = header.pop("__metadata__", None)
     if extra is not None and not (
         isinstance(extra, dict) and all(isinstance(v, str) for v in extra.values())

@@ -53,7 +53,7 @@ def open_exported(archive: Archive, limits: Limits) -> Checkpoint:
     """
     bound = _early_export(archive, limits) if _EARLY in archive else _export(archive, limits)
     checkpoint = _program_checkpoint(archive.source, "pt2", "an exported program", bound)
-    return replace(checkpoint, program=exported_program(archive))
+    return replace(checkpoint, program=exported_program(archive, limits))
 
 
 def _program_checkpoint(source: Source, form: str, what: str, bound: Bound) -> Checkpoint:
@@ -93,12 +93,15 @@ def _export(archive: Archive, limits: Limits) -> Bound:
     named: dict[str, Tensor] = {}
     # Weights before constants, whatever the order in the archive.
     for record, folder, model in sorted(tables, key=lambda table: table[1], reverse=True):
-        config = parse_object(archive.read(record, "header_bytes"), f"{path}: record {record!r}").get(
+        config = parse_object(archive.read(record, "header_bytes"), f"{path}: record {record!r}", limits).get(
             "config"
         )
         if not isinstance(config, dict):
             raise CorruptFile(f"{path}: record {record!r} lists no tensors")
         limits.check("names", len(named) + len(config), f"{path}: the number of tensors")
+        if several:
+            repeated = len(model) * len(config) + sum(map(len, config))
+            limits.check("name_bytes", repeated, f"{path}: its names together")
         for name, entry in config.items():
             key = f"{model}.{name}" if several else name
             tensor = _exported_tensor(f"{path}: tensor {key!r}", f"{folder}/", entry)

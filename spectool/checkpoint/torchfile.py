@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 from spectool.checkpoint.archive import Archive
 from spectool.checkpoint.bind import Place, bind
 from spectool.checkpoint.dtypes import ITEMSIZE, STORAGE_CLASSES
-from spectool.checkpoint.inert import Reference, Storage
+from spectool.checkpoint.inert import Reference, Storage, brief
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.modules import Collector, scalars
 from spectool.checkpoint.nest import Nest
@@ -79,14 +79,15 @@ def storage_of(identity: Any) -> Any:
     kind, key, _, numel, *view = identity[1:]
     name = kind.name.rpartition(".")[2] if isinstance(kind, Reference) else ""
     if name not in STORAGE_CLASSES or type(numel) is not int or not 0 <= numel < 2**63:
-        raise ValueError(f"a storage of type {name or kind!r} and {numel!r} elements")
+        raise ValueError(f"a storage of type {name[:60] or brief(kind)!r} and {brief(numel)} elements")
+    key = key if type(key) is str else brief(key)
     if view and view[0] is not None:
         # A view of a part of the storage called ``key``; ``numel`` is that of the whole.
         _, first, _ = view[0]
         if type(first) is not int or not 0 <= first <= numel:
             raise ValueError("a storage view that begins outside its storage")
-        return Storage(STORAGE_CLASSES[name], str(key), numel, first)
-    return Storage(STORAGE_CLASSES[name], str(key), numel)
+        return Storage(STORAGE_CLASSES[name], key, numel, first)
+    return Storage(STORAGE_CLASSES[name], key, numel)
 
 
 def is_legacy(head: bytes) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Checkpoint:
         notes: What was left out or unwrapped, in words (``ignored optimizer``, ``took 'state_dict'``…).
         reader: Reads one tensor's bytes; use ``read``.
         unread: Name → why its values cannot be read (sparse, on the meta device, strings…); not in ``tensors``.
+        limits: What the file may ask for, as it was opened.
     """
 
     path: Path
@@ -106,6 +108,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     reader: Callable[[TensorRef], torch.Tensor] | None = field(default=None, repr=False, compare=False)
     unread: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default=DEFAULT, repr=False, compare=False)
 
     def read(self, name: str) -> torch.Tensor:
         """Return tensor ``name`` on the CPU in its stored type; only its own bytes are read.

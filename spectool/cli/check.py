@@ -18,6 +18,7 @@ from spectool.cli.parsing import (
     split_list,
 )
 from spectool.cli.progress import LiveProgress
+from spectool.cli.reading import parse_limits
 from spectool.cli.verdicts import conclude_check, draw_check, refuse_overwriting
 from spectool.report.check_ci import CHECK_FORMATS, CHECK_SUFFIXES
 from spectool.report.check_tables import CHECK_COLUMNS, check_layout
@@ -93,6 +94,8 @@ def check(
     assume_bn: opt.AssumeBn = False,
     key: opt.Key = None,
     shard: opt.Shard = None,
+    max_tensor_bytes: opt.MaxTensorBytes = None,
+    limit: opt.ReadLimits = None,
     format: opt.CheckFormat = None,
     output: opt.Output = None,
     columns: opt.Columns = None,
@@ -115,6 +118,7 @@ def check(
 
     bounds = parse_bounds(limits or ())
     share, growth = parse_fraction(slack, "--slack"), parse_fraction(tolerance, "--tolerance")
+    reading = parse_limits(max_tensor_bytes, limit or ())
     check_source(file)
     with LiveProgress(enabled=not (quiet or no_progress)) as progress:
         # Imports torch, which takes seconds: only once the arguments are known to make sense.
@@ -125,7 +129,7 @@ def check(
             input_shape=shapes, method=method.value, tol=tol, max_matvecs=max_matvecs, seed=seed, device=device,
             dtype=dtype, level=level.value, layers=tuple(layers or ()), exclude=tuple(exclude or ()),
             kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key, arch=arch, arch_args=arguments,
-            recognise=not no_recognise, trust=trust, shard=part, hash=hash, progress=progress,
+            recognise=not no_recognise, trust=trust, shard=part, hash=hash, limits=reading, progress=progress,
         )  # fmt: skip
     writers = {name: lambda write=write: write(report) for name, write in CHECK_FORMATS.items()}
     deliver(

@@ -14,6 +14,7 @@ from spectool.cli.messages import say
 from spectool.cli.output import choose_target, deliver
 from spectool.cli.parsing import check_numbers, check_source, parse_arguments, parse_inputs, split_list
 from spectool.cli.progress import LiveProgress
+from spectool.cli.reading import parse_limits
 from spectool.errors import OutputError, UsageError
 from spectool.report.clip_tables import clip_columns, clip_layout
 from spectool.report.layout import WriteOptions, check_columns
@@ -93,6 +94,8 @@ def clip(
     kinds: opt.Kinds = None,
     assume_bn: opt.AssumeBn = False,
     key: opt.Key = None,
+    max_tensor_bytes: opt.MaxTensorBytes = None,
+    limit: opt.ReadLimits = None,
     output: opt.Output = None,
     in_place: Annotated[
         bool, opt.option(opt.OUTPUT, "--in-place", help="Replace FILE itself; only with --force.")
@@ -129,6 +132,7 @@ def clip(
     bounds = parse_bounds(limits or ())
     if not bounds:
         raise UsageError("there is no limit to clip to", hint="give one, e.g. --max 1.0")
+    reading = parse_limits(max_tensor_bytes, limit or ())
     check_source(file)
     out = choose_checkpoint(file, output, in_place=in_place, force=force, dry_run=dry_run, quiet=quiet)
     spare_inputs(file, out, target.path, calibrate)
@@ -142,7 +146,7 @@ def clip(
             device=device, dtype=dtype, level=level.value, layers=tuple(layers or ()), exclude=tuple(exclude or ()),
             kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key, arch=arch, arch_args=arguments,
             recognise=not no_recognise, trust=trust, hash=hash, recenter=means, calibrate=calibrate,
-            progress=progress,
+            limits=reading, progress=progress,
         )  # fmt: skip
 
     def draw(width: int | None) -> tuple[RenderableType, list[str]]:

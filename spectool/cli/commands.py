@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from spectool import __version__
 from spectool.cli import check, clip, inspect, ls
-from spectool.cli.options import COMPUTE, MESSAGES, OUTPUT, SELECT
+from spectool.cli.options import COMPUTE, MESSAGES, OUTPUT, READ, SELECT
 from spectool.errors import UsageError
 
 EXAMPLES = """
@@ -22,7 +22,7 @@ spectool clip net.pt --max 1.0 -o net.clipped.pt          the nearest checkpoint
 spectool check net.onnx --max 1.05                        prove a limit, for scripts
 spectool ls net.safetensors                               what the file holds
 """
-_PANELS = (COMPUTE, SELECT, OUTPUT, MESSAGES)
+_PANELS = (COMPUTE, SELECT, READ, OUTPUT, MESSAGES)
 
 
 class Command(TyperCommand):

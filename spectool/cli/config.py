@@ -13,7 +13,9 @@ from spectool.errors import UsageError
 
 _NAMES = ("spectool.toml", "pyproject.toml")
 # Where a result is written, and what it replaces, is never up to a file that happens to lie in the folder.
-_FLAGS_ONLY = frozenset({"output", "report", "force", "in-place", "debug"})
+_FLAGS_ONLY = frozenset({"output", "report", "force", "in-place", "debug", "trust"})
+# Whoever looks at a repository they have just downloaded stands in it: its configuration must not run its code.
+_INERT_ARCHITECTURES = ("torchvision:", "timm:")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def _checked(path: Path, table: Mapping[str, Any], commands: Commands) -> dict[s
             raise UsageError(f"{command} in {path} is no table", hint=f"write [tool.spectool.{command}]")
         given = {name: value for name, value in shared.items() if name in options}
         given |= {_option(path, key, options): value for key, value in own.items()}
+        if not str(given.get("arch", "timm:")).startswith(_INERT_ARCHITECTURES):
+            raise UsageError(
+                f"arch in {path} may name a model of torchvision or timm only: other code is not run for a file's sake",
+                hint="give --arch on the command line, or SPECTOOL_ARCH in the environment",
+            )
         for name, value in given.items():
             defaults[command][options[name].parameter] = _shaped(value, options[name].repeats)
     return defaults

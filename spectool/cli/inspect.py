@@ -19,6 +19,7 @@ from spectool.cli.parsing import (
     split_list,
 )
 from spectool.cli.progress import LiveProgress
+from spectool.cli.reading import parse_limits
 from spectool.report.layout import WriteOptions, check_options, report_layout
 from spectool.report.table import split_columns
 
@@ -59,6 +60,8 @@ def inspect(
     assume_bn: opt.AssumeBn = False,
     key: opt.Key = None,
     shard: opt.Shard = None,
+    max_tensor_bytes: opt.MaxTensorBytes = None,
+    limit: opt.ReadLimits = None,
     format: opt.Format = None,
     output: opt.Output = None,
     columns: opt.Columns = None,
@@ -77,6 +80,7 @@ def inspect(
     check_options(layout, target.format, top_k)
     check_numbers(top_k, tol, max_matvecs)
     shapes, part, arguments = parse_inputs(inputs or ()), parse_shard(shard), parse_arguments(arch_args)
+    reading = parse_limits(max_tensor_bytes, limit or ())
     check_source(file)
     with LiveProgress(enabled=not (quiet or no_progress)) as progress:
         # Imports torch, which takes seconds: only once the arguments are known to make sense.
@@ -87,7 +91,7 @@ def inspect(
             seed=seed, device=device, dtype=dtype, level=level.value, layers=tuple(layers or ()),
             exclude=tuple(exclude or ()), kinds=split_list(kinds or ()), assume_bn=assume_bn, key=key,
             arch=arch, arch_args=arguments, recognise=not no_recognise, trust=trust, list_only=list_only,
-            shard=part, hash=hash, progress=progress,
+            shard=part, hash=hash, limits=reading, progress=progress,
         )  # fmt: skip
     deliver(report_layout(report, layout), target, layout, lambda width: draw_report(report, layout, width))
     conclude(report, target, verbose=verbose, listed=list_only)

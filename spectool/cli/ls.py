@@ -12,6 +12,7 @@ from spectool.cli.messages import say
 from spectool.cli.numbers import readable_bytes
 from spectool.cli.output import TABLE, choose_target, deliver
 from spectool.cli.parsing import check_source
+from spectool.cli.reading import parse_limits
 from spectool.report.layout import Layout, WriteOptions, check_columns
 from spectool.report.listing import LISTING_COLUMNS, listing_layout, tensor_bytes
 from spectool.report.table import split_columns
@@ -33,6 +34,8 @@ def ls(
         Path, typer.Argument(metavar="FILE", help="Checkpoint: .pt .pth .safetensors .onnx, or a folder.")
     ],
     key: opt.Key = None,
+    max_tensor_bytes: opt.MaxTensorBytes = None,
+    limit: opt.ReadLimits = None,
     format: opt.Format = None,
     output: opt.Output = None,
     columns: opt.Columns = None,
@@ -50,8 +53,9 @@ def ls(
     target = choose_target(output, format, file, quiet=quiet)
     options = WriteOptions(split_columns(columns or ""), sort or "", guard=not no_guard)
     check_columns(LISTING_COLUMNS, options, target.format)
+    limits = parse_limits(max_tensor_bytes, limit or ())
     check_source(file)
-    checkpoint = open_checkpoint(file, key=key)
+    checkpoint = open_checkpoint(file, key=key, limits=limits)
     layout = listing_layout(checkpoint, __version__, options)
 
     deliver(layout, target, options, lambda width: _draw(layout, width))

@@ -9,6 +9,8 @@ from spectool.report.text import visible
 
 _COLOURS = {"error": "\033[1;31m", "warning": "\033[33m", "hint": "\033[36m"}
 
+_LONGEST = 1500
+
 
 def say(text: str, *, label: str = "") -> None:
     """Write one line to stderr, with control characters spelled out.
@@ -20,6 +22,9 @@ def say(text: str, *, label: str = "") -> None:
     head = f"{label}: " if label else ""
     if label in _COLOURS and coloured():
         head = f"{_COLOURS[label]}{head}\033[0m"
+    if len(text) > _LONGEST:
+        # A name in a file may be as long as the file.
+        text = f"{text[: _LONGEST - 300]} … {text[-250:]}"
     try:
         sys.stderr.write(f"{head}{visible(text)}\n")
         sys.stderr.flush()

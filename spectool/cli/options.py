@@ -9,6 +9,7 @@ import typer
 
 COMPUTE = "What to compute"
 SELECT = "Which operators"
+READ = "What a file may ask for"
 OUTPUT = "Output"
 MESSAGES = "Messages"
 
@@ -209,6 +210,20 @@ Shard = Annotated[
     str | None,
     option(SELECT, "--shard", metavar="I/N", help="Analyse every N-th row from the I-th (job arrays)."),
 ]
+MaxTensorBytes = Annotated[
+    str | None,
+    option(READ, "--max-tensor-bytes", metavar="SIZE", help="Largest tensor that is read, 64GB or 512MiB."),
+]
+ReadLimits = Annotated[
+    list[str] | None,
+    option(
+        READ,
+        "--limit",
+        metavar="NAME=VALUE",
+        help="Another safety limit, as the error that it caused names it: depth=200, header_bytes=1GB; repeatable.",
+    ),
+]
+
 Key = Annotated[
     str | None,
     option(

@@ -31,8 +31,9 @@ stand.
 Flags, then `SPECTOOL_*` environment variables (the last column below; several values are separated by spaces), then
 `[tool.spectool]` in the nearest `spectool.toml` or `pyproject.toml` upward from the working directory, up to the root
 of the repository. Keys are option names without dashes in front; `[tool.spectool.inspect]` is for one command only.
-`--output`, `--report`, `--force`, `--in-place` and `--debug` cannot be set in a file. `NO_COLOR` and `COLUMNS` are
-respected.
+`--output`, `--report`, `--force`, `--in-place`, `--debug` and `--trust` cannot be set in a file, `--arch` only to a
+model of torchvision or timm: a repository that you look at must not run its code by its configuration. `NO_COLOR` and
+`COLUMNS` are respected.
 
     [tool.spectool]
     top-k = 4
@@ -56,7 +57,7 @@ respected.
 
 Where several apply, the first of 130, 3, 2, 1, 4, 5, 0 counts. A reader of stdout that goes away (`| head`) is no
 error; a stdout that is full or closed is one. `docs/check.md` says how `check` decides, `docs/clip.md` what `clip`
-writes.
+writes, `docs/security.md` lists the limits that `--limit` names, and what they are for.
 """
 
 

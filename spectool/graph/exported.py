@@ -69,6 +69,7 @@ def _graph(document: Mapping[str, Any]) -> tuple[Graph, dict[str, Wall]]:
     walls: dict[str, Wall] = {}
     nodes = [_node(entry, renamed, constants, walls, index) for index, entry in enumerate(graph["nodes"])]
     outputs = [name for entry in graph["outputs"] for name in _names(entry)]
+    _check_order(nodes, [*inputs, *constants])
     return (
         Graph(
             nodes=tuple(nodes),
@@ -80,6 +81,23 @@ def _graph(document: Mapping[str, Any]) -> tuple[Graph, dict[str, Wall]]:
         ),
         walls,
     )
+
+
+def _check_order(nodes: list[Node], given: list[str]) -> None:
+    """Refuse a graph in which a value is read before it is written, or written twice.
+
+    Raises:
+        ValueError: Naming the value.
+    """
+    written = set(given)
+    for node in nodes:
+        for name in node.inputs:
+            if name not in written:
+                raise ValueError(f"{node.name[:80]!r} reads {name[:80]!r}, which nothing before it writes")
+        for name in node.outputs:
+            if name in written:
+                raise ValueError(f"{name[:80]!r} is written twice")
+            written.add(name)
 
 
 def _signature(signature: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:

@@ -54,9 +54,9 @@ class Plan:
             locations: Names of an ONNX model's external data files that change, old → new.
 
         Raises:
-            ValueError: If two edits contradict each other.
             CorruptFile: If the file is not what its structure said.
-            OutputError: If a tensor that repeats its own bytes would get values that do not.
+            OutputError: If two edits contradict each other, or a tensor that repeats its own bytes would get values
+                that do not.
         """
         found: dict[Path, Content] = {}
         by_file: dict[Path, list[Any]] = {}

@@ -100,8 +100,8 @@ def splices_of(source: Source, edits: Sequence[Edit]) -> list[Splice]:
     Edits whose ranges interleave become one splice over all of them, with the bytes between as they are.
 
     Raises:
-        ValueError: If two edits give one byte different values.
-        OutputError: If a tensor that repeats its own bytes would get values that do not repeat.
+        OutputError: If two edits give one byte different values, or a tensor that repeats its own bytes would
+            get values that do not repeat.
     """
     placed = sorted((*_range(ref), index) for index, (ref, _) in enumerate(edits) if ref.numel)
     splices: list[Splice] = []
@@ -180,8 +180,9 @@ def _merged(source: Source, cluster: list[Edit], start: int, stop: int) -> Any:
                 hint="give equal values to elements that share their bytes, or leave the tensor out",
             )
         names = ", ".join(repr(other.name) for other, _ in cluster)
-        raise ValueError(
-            f"{ref.file}: the tensors {names} share bytes and their new values contradict each other"
+        raise OutputError(
+            f"{ref.file}: the tensors {names} share bytes and their new values contradict each other",
+            hint="change one of them only: leave the others out (--exclude NAME)",
         )
     return array
 

@@ -36,6 +36,7 @@ class Walk:
         sizes: Named dimension → size.
         taken: Unique names in use.
         keys: id of a stored tensor in the model → its checkpoint key.
+        repeated: Name that is in use → the next number that makes a new one of it.
     """
 
     state: State
@@ -44,6 +45,7 @@ class Walk:
     sizes: Mapping[str, int]
     taken: set[str] = field(default_factory=set)
     keys: Mapping[int, str] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
     def graph(
         self, proto: GraphProto, scope: dict[str, str], prefix: str = "", depth: int = 0, *, top: bool = False
@@ -98,9 +100,12 @@ class Walk:
         name = raw
         if name in self.taken:
             name = f"{prefix}{raw}"
-        number = 2
+        first = name
+        number = self.repeated.get(first, 2)
         while name in self.taken:
-            name, number = f"{prefix}{raw}~{number}", number + 1
+            name, number = f"{first}~{number}", number + 1
+        if name != first:
+            self.repeated[first] = number
         self.taken.add(name)
         return name
 

@@ -14,11 +14,19 @@ from typing import Any
 import torch
 
 from spectool.errors import GraphError
-from spectool.graph.script.scalars import PRIM, QUESTIONS, SCALARS, aten
+from spectool.graph.script.scalars import (
+    LONGEST,
+    MOST_PIECES,
+    PRIM,
+    QUESTIONS,
+    SCALARS,
+    aten,
+    check_leaves,
+    scalar,
+)
 
 _STEPS = 2_000_000
 _DEPTH = 150
-_LONGEST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -162,8 +170,10 @@ class Interpreter:
 
     def _items(self, value: Any) -> list[Any]:
         if isinstance(value, torch.Tensor):
+            if value.dim() == 0 or value.shape[0] > MOST_PIECES:
+                raise GraphError("its code loops over the rows of a very long tensor")
             return list(value.unbind(0))
-        if not isinstance(value, (list, tuple, range, dict, str)) or len(value) > _LONGEST:
+        if not isinstance(value, (list, tuple, range, dict, str)) or len(value) > LONGEST:
             raise GraphError("its code loops over something that is not understood")
         return list(value)
 
@@ -207,7 +217,7 @@ class Interpreter:
                 return [self._value(item, scope) for item in items]
             case ast.Dict(keys=keys, values=values):
                 return {
-                    self._value(key, scope): self._value(value, scope)
+                    _plain_key(self._value(key, scope)): self._value(value, scope)
                     for key, value in zip(keys, values, strict=True)
                     if key is not None
                 }
@@ -279,6 +289,7 @@ class Interpreter:
             raise GraphError(f"its code takes {name}() of a tensor, which only a run would tell")
         plain: dict[str, Callable[..., Any]] = {"bool": bool, "int": int, "float": float, "str": str}
         if name in plain and len(arguments) == 1:
+            check_leaves(arguments[0])
             return plain[name](arguments[0])
         raise GraphError(f"its code calls {name}(), which is not understood")
 
@@ -290,6 +301,7 @@ class Interpreter:
                 raise GraphError(f"its code calls {path}, which the archive lacks")
             return self.run(function, arguments, named)
         if path == "ops.prim.RaiseException":
+            check_leaves(*arguments)
             raise GraphError(f"its code raises {str(arguments[0])[:120] if arguments else 'an error'}")
         if path.startswith("ops.prim."):
             name = path.removeprefix("ops.prim.")
@@ -308,10 +320,7 @@ class Interpreter:
             return QUESTIONS[name](*arguments, **named)
         listed = bool(arguments) and isinstance(arguments[0], (list, dict))
         if name in SCALARS and (listed or not tensors):
-            try:
-                return SCALARS[name](*arguments, **named)
-            except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError, OverflowError) as error:
-                raise GraphError(f"its code computes {name} of something else ({error})") from error
+            return scalar(name, arguments, named)
         return aten(name, arguments, named)
 
 
@@ -320,6 +329,12 @@ class _Name:
     """A dotted name taken as a value (a function that is called later)."""
 
     path: str
+
+
+def _plain_key(value: Any) -> Any:
+    if not isinstance(value, (str, int, float, bool)):
+        raise GraphError(f"its code makes a dict whose keys are of type {type(value).__name__}")
+    return value
 
 
 def _dotted(node: ast.expr) -> list[str] | None:

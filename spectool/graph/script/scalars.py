@@ -109,6 +109,80 @@ SCALARS: Mapping[str, Callable[..., Any]] = {
 }
 """Operator name → meaning where no argument is a tensor."""
 
+LONGEST = 1_000_000
+"""Entries of the longest list or text that code may make."""
+_MOST_LEAVES = 10_000
+_NESTED_NAMES = "str format join eq ne lt le gt ge __contains__ get _set_item Int Float"
+_NESTED = frozenset(_NESTED_NAMES.split())
+_GROWS_NAMES = "add mul extend join list copy slice remainder"
+_GROWS = frozenset(_GROWS_NAMES.split())
+
+
+def scalar(name: str, arguments: list[Any], named: Mapping[str, Any]) -> Any:
+    """Apply one of ``SCALARS``, within bounds: a few lines of code could ask for any amount of time and memory.
+
+    Raises:
+        GraphError: If it is applied to something else, or would take too much.
+    """
+    values = [*arguments, *named.values()]
+    if name in _NESTED:
+        check_leaves(*values)
+    if name in _GROWS:
+        _check_growth(name, values)
+    if name == "pow" and all(isinstance(value, int) for value in values):
+        base, exponent = (*values, 0, 0)[:2]
+        if abs(base) > 1 and exponent * abs(base).bit_length() > 128:
+            raise GraphError("its code computes a number of more than 64 bits")
+    try:
+        result = SCALARS[name](*arguments, **named)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise GraphError(f"its code computes {name} of something else ({error})") from error
+    if isinstance(result, int) and result.bit_length() > 64:
+        raise GraphError("its code computes a number of more than 64 bits")
+    return result
+
+
+def check_leaves(*values: Any) -> None:
+    """Refuse nested lists so large, each use of a shared one counted, that comparing or printing them has no end.
+
+    Raises:
+        GraphError: If they are.
+    """
+    pending = list(values)
+    count = 0
+    while pending:
+        value = pending.pop()
+        count += 1
+        if isinstance(value, (list, tuple)):
+            count += len(value)
+            pending.extend(item for item in value[:_MOST_LEAVES] if isinstance(item, (list, tuple, dict)))
+        elif isinstance(value, dict):
+            count += 2 * len(value)
+            pending.extend(item for item in value.values() if isinstance(item, (list, tuple, dict)))
+        if count > _MOST_LEAVES:
+            raise GraphError("its code looks into very large lists")
+
+
+def _check_growth(name: str, values: list[Any]) -> None:
+    sizes = [len(value) for value in values if isinstance(value, (str, list, tuple, dict, range))]
+    counts = [abs(value) for value in values if isinstance(value, int)]
+    size = sum(sizes)
+    if name == "mul" and sizes and counts:
+        size *= max(counts)
+    if name == "remainder" and sizes:
+        raise GraphError("its code formats a text")
+    if name == "join":
+        size += sum(
+            len(item)
+            for value in values
+            if isinstance(value, list)
+            for item in value
+            if isinstance(item, str)
+        )
+    if size > LONGEST:
+        raise GraphError(f"its code makes a list or text of more than {LONGEST} entries")
+
+
 QUESTIONS: Mapping[str, Callable[..., Any]] = {
     "size": lambda x, axis=None: list(x.shape) if axis is None else x.shape[axis],
     "dim": lambda x: x.dim(),
@@ -141,6 +215,13 @@ FACTORIES = frozenset(
 )
 """ATen operations that make tensors from numbers."""
 
+MOST_PIECES = 10_000
+"""Tensors into which code may cut one, and rows over which it may loop."""
+_SPLITTER_NAMES = (
+    "unbind split split_with_sizes chunk tensor_split hsplit vsplit dsplit unsafe_split unsafe_chunk split_copy "
+    "unbind_copy split_with_sizes_copy unsafe_split_with_sizes"
+)
+_SPLITTERS = frozenset(_SPLITTER_NAMES.split())
 SPOKEN = frozenset(
     {
         "pad",
@@ -198,6 +279,12 @@ def aten(name: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         raise GraphError(f"its code calls aten::{name} on no tensor")
     if any(isinstance(value, str) for value in values) and base not in SPOKEN:
         raise GraphError(f"its code calls aten::{name} with a string")
+    if base in _SPLITTERS:
+        long = max(
+            (size for value in values if isinstance(value, torch.Tensor) for size in value.shape), default=0
+        )
+        if long > MOST_PIECES:
+            raise GraphError(f"its code cuts a very long tensor into pieces (aten::{name})")
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
         raise GraphError(f"its code calls aten::{name}, which this version of torch lacks")
