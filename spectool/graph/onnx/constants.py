@@ -43,6 +43,7 @@ class Constant:
         depth: Length of the longest chain of computations behind it.
         node: (node, names of its inputs, output index) where it was computed by a node.
         value: The array, where it is small.
+        cut: (source, what takes entries out of an array of its shape) where it is a part of another constant.
     """
 
     shape: Shape
@@ -53,6 +54,7 @@ class Constant:
     depth: int = 0
     node: tuple[Any, tuple[str, ...], int] | None = None
     value: Array | None = None
+    cut: tuple[str, Callable[[Array], Array]] | None = None
 
     @property
     def numel(self) -> int:
@@ -112,6 +114,11 @@ class Constants:
             origins[0] if origins else name,
             value=array if array.size <= SMALL else None,
         )
+
+    def cut(self, name: str, source: str, shape: Shape, move: Callable[[Array], Array]) -> None:
+        """Add a constant whose entries ``move`` takes out of those of ``source``."""
+        self.compute(name, [source], shape, self.table[source].dtype, lambda: move(self.value(source)))
+        self.table[name].cut = (source, move)
 
     def compute(
         self, name: str, sources: Sequence[str], shape: Shape, dtype: str, read: Callable[[], Array]
@@ -250,6 +257,10 @@ class Constants:
             return None
         if base is not None and entry.node is not None and base(name):
             return name, entry.shape, np.arange(entry.numel, dtype=np.int64).reshape(entry.shape)
+        if entry.cut is not None:
+            source, move = entry.cut
+            whole = self.provenance(source, base)
+            return None if whole is None else (whole[0], whole[1], move(whole[2]))
         if entry.node is None:
             if base is not None or entry.depth or len(entry.origins) != 1:
                 return None

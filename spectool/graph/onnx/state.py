@@ -195,9 +195,7 @@ class State:
         while name in self.constants:
             name += "'"
         index = tuple(slice(start, stop) for start, stop in block)
-        self.constants.compute(
-            name, [source], kept, constant.dtype, lambda: self.constants.value(source)[index].reshape(kept)
-        )
+        self.constants.cut(name, source, kept, lambda array: array[index].reshape(kept))
         self.labels[name] = label
         return name
 
