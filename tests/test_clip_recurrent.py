@@ -36,7 +36,7 @@ def model(path: Path) -> None:
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 1, INPUTS])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 1, 1, HIDDEN])],
         [numpy_helper.from_array(value, name) for name, value in stored.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)

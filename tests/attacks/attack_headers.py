@@ -95,7 +95,11 @@ ATTACKS = [
     Attack(
         "safetensors with bad UTF-8", with_more(b',"__metadata__":{"a":"\xff"}'), refused="is not valid JSON"
     ),
-    Attack("safetensors with lone surrogates", with_more(b',"__metadata__":{"a":"\\ud800"}')),
+    Attack(
+        "safetensors with lone surrogates",
+        with_more(b',"__metadata__":{"a":"\\ud800"}'),
+        refused="is not valid JSON",
+    ),
     Attack("safetensors with NaN", with_more(b',"__metadata__":NaN'), refused="NaN is no number of JSON"),
     Attack(
         "safetensors with Infinity for an offset",
