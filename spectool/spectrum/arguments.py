@@ -85,7 +85,7 @@ def check_finite(A: LinearMap) -> None:
     """Raise OperatorError, with the number of bad entries, if a weight is NaN or infinite."""
     if all_finite(A):
         return
-    tensors = list(_weights(A))
+    tensors = list(weights(A))
     bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
     total = sum(tensor.numel() for tensor in tensors)
     if bad:
@@ -93,19 +93,19 @@ def check_finite(A: LinearMap) -> None:
     raise OperatorError("the operator gives NaN or infinite values")
 
 
-def _weights(A: Any) -> Iterator[torch.Tensor]:
+def weights(A: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a map shows."""
     for name in ("weight", "scale"):
         if isinstance(getattr(A, name, None), torch.Tensor):
             yield getattr(A, name)
     yield from getattr(A, "factors", ())
     for part in (*getattr(A, "maps", ()), *([A.inner] if hasattr(A, "inner") else [])):
-        yield from _weights(part)
+        yield from weights(part)
 
 
 def moderate(A: LinearMap) -> tuple[LinearMap, float]:
     """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range."""
-    peaks = [float(tensor.detach().abs().max()) for tensor in _weights(A) if tensor.numel()]
+    peaks = [float(tensor.detach().abs().max()) for tensor in weights(A) if tensor.numel()]
     if all(peak == 0 or 1e-60 < peak < 1e60 for peak in peaks):
         return A, 1.0
     return prescale(A)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,12 +10,16 @@ import torch
 from spectool.spectrum.estimate import Estimate
 from spectool.spectrum.gram import wide
 from spectool.spectrum.hochstenbach import FAILURE
-from spectool.spectrum.polish import polish
+from spectool.spectrum.polish import PROMISE, polish
+from spectool.spectrum.rounding import noise, reserve
 from spectool.spectrum.starts import generator
 from spectool.spectrum.verify import verify
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
+
+EQUAL = 1e-9
+"""Relative distance within which iterated values count as equal; the polish leaves errors of about 4e-10."""
 
 
 def finish(
@@ -43,15 +48,22 @@ def finish(
     pairs = polish(gram.double(), vectors)
     unit, first = gram.unit, float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
-    residuals = torch.maximum(lengths, pairs.defect)[:k] / first
+    residuals = torch.maximum(lengths, pairs.defect)[:k] / first if first else torch.zeros(k)
     values = pairs.values[:k]
-    # Ritz values are accurate to about the square of the residual: equal to that accuracy is equal.
-    near = max(1e-9 * first, 4.0 * first * float(residuals.max()) ** 2, 2.0 * pairs.rounding)
+    # Ritz values are accurate to about the square of the residual. Where that does not tell values 1e-9 apart, σ₁
+    # alone is sure.
+    near = EQUAL * first
+    blurred = max(4.0 * first * float(residuals.max()) ** 2, 2.0 * pairs.accuracy) > near
     right = pairs.right[:k].cpu().reshape(-1, *gram.map.in_shape)
     left = pairs.left[:k].cpu().reshape(-1, *gram.map.out_shape)
-    missed = (
-        "" if bool((residuals <= tol).all()) else f"residual {float(residuals.max()):.1e} after the polish"
-    )
+    missed = ""
+    if not bool((residuals <= tol).all()):
+        missed = f"residual {float(residuals.max()):.1e} after the polish"
+    elif pairs.accuracy > PROMISE * first:
+        missed = f"rounding within the operator, about {pairs.accuracy / first:.1e} of σ₁"
+    # What the vectors show of a function's rounding, in the type the verification may have had.
+    coarse = torch.finfo(gram.dtype).eps / torch.finfo(gram.double().dtype).eps
+    extra = 2.0 * pairs.noise * coarse * first
     return Estimate(
         left=right if gram.flipped else left,
         values=(values * unit).cpu(),
@@ -59,13 +71,13 @@ def finish(
         residuals=residuals.cpu(),
         converged=converged and not missed,
         matvecs=gram.applications,
-        tau=tau * unit,
+        tau=math.sqrt(tau**2 + extra) * unit,
         note=note or (missed and f"not converged: {missed}"),
         rounding=pairs.rounding * unit,
-        multiplicity=int((values >= first - near).sum()),
+        multiplicity=1 if blurred else int((values >= first - near).sum()),
         ritz=(pairs.values * unit).cpu(),
         coupling=(pairs.remainder @ pairs.remainder.T).cpu() * unit**2,
-        ceiling=ceiling * unit,
+        ceiling=math.sqrt(ceiling**2 + extra) * unit,
     )
 
 
@@ -99,7 +111,7 @@ def conclude(
         float(values[0]),
         float(values[k - 1]),
         lambda suffix: generator(digest, seed, f"verify{suffix}"),
-        pairs=max(8, min(200, pairs - gram.applications // 2 - k)),
+        pairs=max(8, min(200, pairs - gram.applications // 2 - k - reserve(gram))),
         tight=True,
         tol=tol,
         failure=FAILURE,
@@ -137,17 +149,21 @@ def zero_estimate(gram: Gram, k: int) -> Estimate:
         for shape in (reversed(spaces) if gram.flipped else spaces)
     )
     zeros = torch.zeros(k, dtype=torch.float64)
+    # A composition may have lost everything to rounding: what bounds that bounds the operator.
+    hidden = noise(gram) * gram.unit
     return Estimate(
         left=left,
         values=zeros,
         right=right,
         residuals=zeros.clone(),
-        converged=True,
+        converged=hidden == 0.0,
         matvecs=gram.applications,
         tau=0.0,
-        note="zero operator: a random vector is mapped to zero",
-        rounding=0.0,
-        multiplicity=k,
+        note="not converged: rounding within the operator leaves nothing of it"
+        if hidden
+        else "zero operator: a random vector is mapped to zero",
+        rounding=hidden,
+        multiplicity=1 if hidden else k,
         ritz=zeros.clone(),
         coupling=torch.zeros(k, k, dtype=torch.float64),
         ceiling=0.0,

@@ -12,12 +12,14 @@ import torch
 from spectool.progress import Progress, Step
 from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
 from spectool.spectrum.krylov import Krylov
-from spectool.spectrum.polish import PROMISE, rounding_unit
+from spectool.spectrum.polish import PROMISE
+from spectool.spectrum.rounding import application_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.starts import Stream
 
 BASIS = 24
 """Fewest rows of the basis. Thick restarts make the count of pairs nearly independent of it (20…400 rows: within
@@ -28,6 +30,9 @@ BASIS_MOST = 160
 
 SPARE = 4
 """Most Ritz vectors beyond the k-th that a search hands on. Each costs a pair in the polish."""
+
+NOISY = 64.0
+"""Multiple of the rounding of one application below which a residual that has stopped falling will not fall again."""
 
 CEILING_SHARE = 0.05
 """Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
@@ -78,7 +83,7 @@ def search(
     known_values: NDArray[np.float64],
     aim: Aim,
     block: int,
-    source: torch.Generator,
+    source: Stream,
     progress: Progress,
     *,
     start: torch.Tensor | None = None,
@@ -100,8 +105,7 @@ def search(
     most = min(max(2 * capacity, BASIS_MOST), space)
     krylov = Krylov(gram, known, capacity, block, source, start=start)
     level = log_inverse_delta(gram.size, CEILING_SHARE * FAILURE)
-    slack = 2.0 * rounding_unit(gram)
-    target = max((1.0 + aim.excess) ** 2, 1.0 + 4.0 * slack)
+    target = (1.0 + aim.excess) ** 2
     spent, due, before = 0, aim.k, (0, math.inf)
     mark, best = 0, math.inf
     while True:
@@ -114,13 +118,20 @@ def search(
             done = state.converged or state.stalled
             ceiling = math.inf
             if done or over:
-                ceiling = krylov.certificate(state.values, level) + slack * state.first
-                done &= state.stalled or ceiling <= target * state.first or math.isinf(ceiling)
-            if done or over or not width:
+                slack = 2.0 * application_error(gram, math.sqrt(state.first)) * math.sqrt(state.first)
+                ceiling = krylov.certificate(state.values, level) + slack
+                # Rounding alone may keep the ceiling up: more pairs would not help.
+                goal = max(target * state.first, state.first + 4.0 * slack)
+                done &= state.stalled or ceiling <= goal or math.isinf(ceiling)
+            # No progress at this level is rounding: a cluster 1e-7 wide keeps float32 at residuals of 1e-5.
+            stuck = full and spent - mark > 4 * capacity and state.worst <= NOISY * state.noise
+            stuck &= gram.double() is not gram
+            if done or over or stuck or not width:
                 chosen = _spare(krylov, state, aim)
                 vectors = krylov.vectors(state.coordinates[:, chosen])
                 values = state.values[chosen].copy()
-                return Search(values, vectors, state.worst, state.converged, state.stalled, ceiling)
+                stalled = state.stalled or stuck
+                return Search(values, vectors, state.worst, state.converged, stalled, ceiling)
             due = spent + _wait(spent, before, state.worst, aim.tol)
             before = (spent, state.worst)
             if state.worst < 0.5 * best:
@@ -143,6 +154,7 @@ class _State:
     worst: float
     converged: bool
     stalled: bool
+    noise: float  # what one application's rounding makes of a relative residual
 
 
 def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State:
@@ -163,9 +175,10 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
         values[:wanted] > 0.1 * PROMISE**2 * first
     )
     small = worst <= aim.tol and len(merged) >= aim.k and not (krylov.frontier and vague.any())
-    hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
+    reach = noise * math.sqrt(first / floor[-1])
+    hopeless = reach > 0.5 * aim.tol
     stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
-    return _State(values, coordinates, first, worst, small and not hopeless, stalled)
+    return _State(values, coordinates, first, worst, small and not hopeless, stalled, reach)
 
 
 def _spare(krylov: Krylov, state: _State, aim: Aim) -> list[int]:

@@ -11,10 +11,12 @@ import torch
 
 from spectool.spectrum.gram import inner, length
 from spectool.spectrum.hochstenbach import Sturm, hochstenbach, log_inverse_delta
-from spectool.spectrum.polish import PROMISE, rounding_unit
+from spectool.spectrum.polish import PROMISE
+from spectool.spectrum.rounding import application_error
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.starts import Stream
 
 BREAKDOWN = 1e-8
 """A β below this times the largest Ritz value ends a certifying run; what follows would be rounding noise."""
@@ -85,7 +87,7 @@ class Content:
 def complement_run(
     gram: Gram,
     vectors: torch.Tensor,
-    source: torch.Generator,
+    source: Stream,
     *,
     above: float,
     goals: tuple[tuple[float, int], ...],
@@ -128,7 +130,8 @@ def complement_run(
     sure = Sturm(content.level if content else math.inf)
     due = log_inverse_delta(gram.size, content.failure) if content else -math.inf
     budget, broke, scale = goals[-1][1], False, 0.0
-    for step in range(1, min(size, budget) + 1):
+    # Without reorthogonalisation rounding lets a run go on beyond the dimension of the space.
+    for step in range(1, min(3 * size, budget) + 1):
         # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
         w = gram(q)
         w.addmm_(w @ vectors.T, vectors, alpha=-1)
@@ -161,7 +164,7 @@ def complement_run(
 def bounded_run(
     gram: Gram,
     vectors: torch.Tensor,
-    source: Callable[[str], torch.Generator],
+    source: Callable[[str], Stream],
     *,
     above: float,
     goals: tuple[tuple[float, int], ...],
@@ -244,7 +247,7 @@ def verify(
     vectors: torch.Tensor,
     first: float,
     last: float,
-    source: Callable[[str], torch.Generator],
+    source: Callable[[str], Stream],
     *,
     pairs: int,
     tight: bool,
@@ -267,10 +270,10 @@ def verify(
         failure: Probability that ``tau`` does not hold.
         complete: Whether to go on until a larger value than the k-th would have been seen.
     """
-    slack = 2.0 * rounding_unit(gram) * first
+    slack = _slack(gram, first)
     if slack > SHARP * last:
         gram = gram.double()
-        slack = 2.0 * rounding_unit(gram) * first
+        slack = _slack(gram, first)
     # What is below the promised accuracy, or below the rounding of a Gram operator, is zero for all that is said.
     accept = max(MARGIN**2 * last, PROMISE**2 * first, 4.0 * slack)
     goal = max(min(accept, TIGHT**2 * first), 2.0 * slack) if tight else accept
@@ -288,5 +291,11 @@ def verify(
         content=Content(max(above, PROMISE**2 * first), MISSED) if complete else None,
         near=last - 4.0 * (above - last) if complete else math.inf,
     )
-    bound = check.bound + 2.0 * rounding_unit(gram) * first
+    bound = check.bound + _slack(gram, first)
     return Verdict(bound**0.5, check.above, not check.above and bound <= accept, check.complete, check.few)
+
+
+def _slack(gram: Gram, first: float) -> float:
+    """Bound the error of f²·MᵀM·x for a unit vector x, ``first`` being its largest eigenvalue: two applications."""
+    norm = math.sqrt(max(first, 0.0))
+    return 2.0 * application_error(gram, norm) * norm
