@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -12,6 +13,8 @@ from spectool.errors import OperatorError, UsageError
 from spectool.linear import LinearMap, all_finite, prescale
 from spectool.progress import Progress
 from spectool.spectrum.types import Method
+
+_REACH = 200.0  # binary orders of magnitude that all parts together may span
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,12 @@ def weights(A: Any) -> Iterator[torch.Tensor]:
 
 
 def moderate(A: LinearMap) -> tuple[LinearMap, float]:
-    """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range."""
+    """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range.
+
+    Squares of products of all parts count. The factor is 0 where it is below float64's range.
+    """
     peaks = [float(tensor.detach().abs().max()) for tensor in weights(A) if tensor.numel()]
-    if all(peak == 0 or 1e-60 < peak < 1e60 for peak in peaks):
+    reach = sum(abs(math.log2(peak)) for peak in peaks if peak)
+    if reach <= _REACH:
         return A, 1.0
     return prescale(A)
