@@ -121,6 +121,7 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
             "the solver broke down: the operator's values overflow",
             hint="scale the weights, or compute in float64",
         )
+    closed = fro is not None
     listed = int(solved.levels.count.sum())
     if fro is None and solved.exact and listed >= min(size(A)):
         fro = sqrt(float((solved.levels.values**2 * solved.levels.count).sum()))
@@ -136,7 +137,7 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
     if solved.exact and upper[0] > 0.0:
         accuracy = solved.accuracy if solved.accuracy is not None else float((upper - lower).max()) / 2
         if not accuracy <= PROMISE * max(values[0], 0.5 * upper[0]):
-            converged = False
+            converged, fro = False, fro if closed else None
             own_note = _join(own_note, f"not converged: rounding leaves {accuracy / upper[0]:.1e} of σ₁ open")
     if upper[0] == 0.0:
         note, multiplicity = _join(note, "zero operator"), min(size(A))
@@ -147,7 +148,7 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
         upper_kind=solved.kind,
         residuals=solved.residuals,
         multiplicity=min(multiplicity, min(size(A))),
-        multiplicity_exact=solved.exact,
+        multiplicity_exact=solved.exact and (solved.levels.resolved() or upper[0] == 0.0),
         converged=converged,
         matvecs=solved.matvecs,
         method=solved.method,

@@ -69,12 +69,22 @@ class Levels:
     def multiplicity(self) -> int:
         """Return how many of the listed values equal the largest as far as float64 can tell.
 
-        Values within 1e-10 count, unless their intervals prove them smaller.
+        Values within 1e-10 count, unless their intervals prove them smaller. Where intervals are too wide to tell,
+        only the repeats of the largest itself count.
         """
         if not len(self.values):
             return 0
+        if not self.resolved():
+            return int(self.count[self.values.argmax()])
         equal = (self.values >= self.values[0] * (1 - EQUAL)) & (self.upper >= self.lower.max())
         return int(self.count[equal].sum())
+
+    def resolved(self) -> bool:
+        """Return whether the largest value is known well enough to say which others equal it."""
+        if not len(self.values):
+            return True
+        top = int(self.values.argmax())
+        return bool(self.upper[top] - self.lower[top] <= 2 * EQUAL * self.values[top])
 
     def kth_lower(self, k: int) -> float:
         """Return a lower bound on the k-th largest singular value; 0 if fewer are listed."""

@@ -97,7 +97,7 @@ def svds(
         B, factor = moderate(A)
         try:
             solved = _solve(B, task)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise OperatorError(
                 "the solver broke down: the operator's values overflow",
                 hint="scale the weights, or compute in float64",

@@ -42,9 +42,9 @@ MISSED = 1e-4
 """Probability that a verification which is content has overlooked a value that was missed. Half the pairs of what
 the intervals' 1e-9 would take: a miss is rare, and this counts only once there is one."""
 
-FINE = 0.1
-"""Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it:
-at the default tolerance the accuracy that is promised."""
+FINE = 0.05
+"""Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it: at
+the default tolerance half the accuracy that is promised. The other half is for what a run does not see at once."""
 
 SHARP = 0.02
 """Rounding, relative to the k-th eigenvalue, above which the run is done in float64."""
