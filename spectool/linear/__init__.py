@@ -6,6 +6,7 @@ from spectool.linear.diagonal import DiagonalMap
 from spectool.linear.fold import fold
 from spectool.linear.function import FunctionMap
 from spectool.linear.geometry import ConvGeometry
+from spectool.linear.identity import absorb, identity
 from spectool.linear.infinite import InfiniteConv
 from spectool.linear.magnitude import Magnitude, factors, is_single, magnitude
 from spectool.linear.matrix import MatrixMap
@@ -39,6 +40,7 @@ __all__ = [
     "Reshaped",
     "Scaled",
     "SeparableMap",
+    "absorb",
     "adjoint",
     "all_finite",
     "dot_test",
@@ -46,6 +48,7 @@ __all__ = [
     "factors",
     "fold",
     "frobenius",
+    "identity",
     "is_single",
     "largest",
     "magnitude",

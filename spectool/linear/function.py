@@ -45,6 +45,8 @@ class FunctionMap:
         dtype: Type of the vectors, and what the function expects. A result in another type is cast back.
         device: Where the function runs.
         remake: Makes the function for another type and device; without it ``to`` returns the map itself.
+        identity: What tells it from other functions of its shapes, such as a digest of its weights: start vectors
+            depend on it, so that weights cannot be prepared against one.
 
     Raises:
         OperatorError: If the function fails on a zero input or does not keep the batch axis.
@@ -63,8 +65,9 @@ class FunctionMap:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         remake: Callable[[torch.dtype, torch.device], Function] | None = None,
+        identity: bytes = b"",
     ) -> None:
-        self.function, self.remake = function, remake
+        self.function, self.remake, self.identity = function, remake, identity
         self.dtype, self.device = dtype, torch.device(device)
         self.in_shape = tuple(int(n) for n in in_shape)
         self._frozen = _freeze(function)
@@ -106,7 +109,12 @@ class FunctionMap:
         if self.remake is None or (dtype, device) == (self.dtype, self.device):
             return self
         return FunctionMap(
-            self.remake(dtype, device), self.in_shape, dtype=dtype, device=device, remake=self.remake
+            self.remake(dtype, device),
+            self.in_shape,
+            dtype=dtype,
+            device=device,
+            remake=self.remake,
+            identity=self.identity,
         )
 
     def affine_defect(self, *, seed: int = 0) -> float:

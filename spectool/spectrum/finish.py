@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,10 @@ from spectool.spectrum.verify import verify
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.polish import Pairs
+
+SHARPENINGS = 6
+"""Times that residuals are added to the span."""
 
 EQUAL = 1e-9
 """Relative distance within which iterated values count as equal; the polish leaves errors of about 4e-10."""
@@ -29,11 +34,16 @@ def finish(
     tol: float,
     *,
     tau: float,
+    sure: float,
     ceiling: float,
     converged: bool,
     note: str,
+    most: int = 0,
 ) -> Estimate:
     """Polish ``vectors`` and return the estimate they give. Costs 2 matvecs per vector.
+
+    Where something next to the k-th value may be mixed into the vectors, their residuals are added to the span, up to
+    six times, as long as ``most`` allows.
 
     Args:
         gram: The scaled operator.
@@ -41,11 +51,22 @@ def finish(
         k: How many pairs to report.
         tol: Bound on the explicit residuals for ``converged``.
         tau: Bound on the norm on the complement of ``vectors``, in scaled units.
+        sure: The same, wrong with probability 1e-2: decides whether the values are as accurate as is promised.
         ceiling: Bound on the norm of the whole operator, in scaled units.
         converged: What the solver and its verification say.
         note: Anything worth saying in words.
+        most: Cap on the applications of the operator, those before included.
     """
     pairs = polish(gram.double(), vectors)
+    wanted = max(PROMISE, 0.1 * tol)
+    accurate = _accurate(pairs, k, sure, wanted)
+    for _ in range(SHARPENINGS):
+        room = 2 * (len(pairs.values) + len(vectors)) + 2 * reserve(gram) <= most - gram.applications
+        if accurate or not converged or not room:
+            break
+        pairs, leak = _sharpened(gram.double(), pairs)
+        tau, sure = math.sqrt(tau**2 + leak), math.sqrt(sure**2 + leak)
+        accurate = _accurate(pairs, k, sure, wanted)
     unit, first = gram.unit, float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
     residuals = torch.maximum(lengths, pairs.defect)[:k] / first if first else torch.zeros(k)
@@ -61,6 +82,8 @@ def finish(
         missed = f"residual {float(residuals.max()):.1e} after the polish"
     elif pairs.accuracy > PROMISE * first:
         missed = f"rounding within the operator, about {pairs.accuracy / first:.1e} of σ₁"
+    elif converged and not accurate:
+        missed = f"residual {float(residuals.max()):.1e}, too large for values that are this close"
     # What the vectors show of a function's rounding, in the type the verification may have had.
     coarse = torch.finfo(gram.dtype).eps / torch.finfo(gram.double().dtype).eps
     extra = 2.0 * pairs.noise * coarse * first
@@ -79,6 +102,52 @@ def finish(
         coupling=(pairs.remainder @ pairs.remainder.T).cpu() * unit**2,
         ceiling=math.sqrt(ceiling**2 + extra) * unit,
     )
+
+
+def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
+    """Let the residuals join the span, and keep as many of the largest pairs as there were: one step of block Lanczos.
+
+    Residuals that come from far away shrink by it. What comes from a value next to the wanted ones stays, and shows.
+
+    Returns:
+        The new pairs, and by how much the square of a bound on the old complement W grows for the new one. A unit
+        vector of that is v + w, v in the old span V and w in W. ‖f·M·v‖ ≤ a = ‖S·O‖, O being what the old vectors
+        have outside the new span; f·M·v and f·M·w have an inner product of at most a·‖R‖, R being what couples V and
+        W. So the square grows by a² + 2a‖R‖ at most.
+    """
+    count, first = len(pairs.values), float(pairs.values[0])
+    lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
+    rows = pairs.remainder[lengths > 1e-14 * first][: gram.size - count]
+    if not len(rows):
+        return pairs, 0.0
+    both = torch.cat([pairs.right, rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)])
+    found = polish(gram, both)
+    kept = replace(
+        found,
+        **{name: getattr(found, name)[:count] for name in ("values", "right", "left", "remainder", "defect")},
+    )
+    outside = pairs.right - (pairs.right @ kept.right.T) @ kept.right
+    turned = float(torch.linalg.matrix_norm(pairs.values[:, None] * outside, 2))
+    coupling = float(torch.linalg.matrix_norm(pairs.remainder, 2))
+    return kept, turned**2 + 2.0 * turned * coupling + 16.0 * torch.finfo(torch.float64).eps * first**2
+
+
+def _accurate(pairs: Pairs, k: int, sure: float, wanted: float) -> bool:
+    """Return whether no singular value is above its estimate by more than ``wanted``·σ₁, given ``sure``.
+
+    Vectors with small residuals may still be mixtures: of two values 1e-5 apart, one of them outside, each estimate is
+    off by up to that. The argument is that of ``probabilistic.enclose``.
+    """
+    squares, coupling = pairs.values.square(), pairs.remainder @ pairs.remainder.T
+    error = wanted * float(pairs.values[0]) - pairs.accuracy
+    for index in range(min(k, len(squares))):
+        x = max(float(pairs.values[index]) + error, 0.0) ** 2
+        if x <= sure**2:
+            return False
+        schur = torch.diag(squares) + coupling * (x / (x - sure**2))
+        if float(torch.linalg.eigvalsh(schur)[-1 - index]) > x:
+            return False
+    return True
 
 
 def conclude(
@@ -129,16 +198,18 @@ def conclude(
         k,
         tol,
         tau=verdict.tau,
+        sure=verdict.sure,
         ceiling=float("inf"),
         converged=not note,
         note=note,
+        most=2 * pairs,
     )
 
 
 def exhaust(gram: Gram, k: int, tol: float) -> Estimate:
     """Return the estimate of a small operator from all of its space. Costs 2·min(m, n) matvecs."""
     basis = torch.eye(gram.size, dtype=torch.float64)
-    return finish(gram, basis, k, tol, tau=0.0, ceiling=float("inf"), converged=True, note="")
+    return finish(gram, basis, k, tol, tau=0.0, sure=0.0, ceiling=float("inf"), converged=True, note="")
 
 
 def zero_estimate(gram: Gram, k: int) -> Estimate:

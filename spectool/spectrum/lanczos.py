@@ -136,7 +136,7 @@ class _Run:
             if k == 1 and ceiling <= (1.0 + FINE * self.tol) ** 2 * values[0]:
                 # Nothing larger can have been missed, and copies do not matter. A ceiling further up would not do: of
                 # two values 1e-5 apart the smaller can meet the tolerance first.
-                verdict = Verdict(math.sqrt(ceiling), False, True, True)
+                verdict = Verdict(math.sqrt(ceiling), False, True, True, sure=math.sqrt(ceiling))
                 spare = spare[:0]
                 break
             verdict = self._verify(
@@ -150,9 +150,11 @@ class _Run:
             k,
             self.tol,
             tau=verdict.tau,
+            sure=verdict.sure,
             ceiling=math.sqrt(ceiling),
             converged=converged and verdict.proven and verdict.complete,
             note=_note(found, verdict, self.tol),
+            most=2 * self.pairs,
         )
 
     def _search(self, known: torch.Tensor, values: NDArray[np.float64], number: int, block: int) -> Search:
@@ -215,7 +217,7 @@ class _Run:
             float(values[0]),
             float(values[self.k - 1]),
             lambda suffix: self.source(f"verify {number}{suffix}"),
-            pairs=max(8, min(PATIENCE if complete else 200, self.left())),
+            pairs=max(8, min(PATIENCE if complete else 200, self.left() - (len(vectors) - self.k))),
             tight=tight,
             tol=self.tol,
             failure=0.7 * FAILURE / 4.0**number,

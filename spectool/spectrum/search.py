@@ -14,6 +14,7 @@ from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
 from spectool.spectrum.krylov import Krylov
 from spectool.spectrum.polish import PROMISE
 from spectool.spectrum.rounding import application_error
+from spectool.spectrum.verify import FINE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +31,11 @@ BASIS_MOST = 160
 
 SPARE = 4
 """Most Ritz vectors beyond the k-th that a search hands on. Each costs a pair in the polish."""
+
+CLEAR = 0.2
+"""Part of the tolerance that residuals are taken down to where rounding allows: between values 1e-5 apart, vectors that
+just meet the tolerance can be mixtures, with values that are off by as much. A few pairs more here spare a block step
+of the polish."""
 
 NOISY = 64.0
 """Multiple of the rounding of one application below which a residual that has stopped falling will not fall again."""
@@ -174,8 +180,12 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
     vague = (errors[:wanted] > np.maximum(0.01 * values[:wanted], 4.0 * noise * first)) & (
         values[:wanted] > 0.1 * PROMISE**2 * first
     )
-    small = worst <= aim.tol and len(merged) >= aim.k and not (krylov.frontier and vague.any())
     reach = noise * math.sqrt(first / floor[-1])
+    small = (
+        worst <= min(aim.tol, max(CLEAR * aim.tol, 4.0 * reach))
+        and len(merged) >= aim.k
+        and not (krylov.frontier and vague.any())
+    )
     hopeless = reach > 0.5 * aim.tol
     stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
     return _State(values, coordinates, first, worst, small and not hopeless, stalled, reach)
@@ -187,12 +197,12 @@ def _spare(krylov: Krylov, state: _State, aim: Aim) -> list[int]:
     They come free, and a verification that has them out of the way tells what was missed from what comes next in
     fewer pairs. In bases that begin with the Ritz vectors, B is [[Θ, C], [Cᵀ, D]]; where D ≤ t, no more
     eigenvalues of B exceed x = t + w than eigenvalues of Θ + CCᵀ/w do. So with C small enough for the next one to
-    stay below x at w = tol·θ₁, what a half-converged vector may hide is a matter of the tolerance.
+    stay below x at w = ``FINE``·tol·θ₁, a half-converged vector hides nothing that matters.
     """
     chosen = list(range(min(aim.k, len(state.values))))
     if not state.converged or not krylov.frontier:
         return chosen
-    width = aim.tol * state.first
+    width = FINE * aim.tol * state.first
     coupling = krylov.link @ state.coordinates
     limit = state.values[chosen[-1]] + width
     for place in range(aim.k, min(aim.k + SPARE, len(state.values))):

@@ -33,6 +33,7 @@ from spectool.spectrum.types import Method, Spectrum
 
 _SOLVERS: dict[str, Callable[..., Estimate]] = {"lanczos": lanczos, "power": power, "powerqr": powerqr}
 _CERTIFIED_SIDE = 2048
+_LOST = 2.0**-1000
 
 
 def svds(
@@ -210,8 +211,11 @@ def _rescaled(spectrum: Spectrum, factor: float) -> Spectrum:
         raise OperatorError(
             "the largest singular value is beyond float64's range", hint="scale the weights down"
         )
-    lower = tuple(_rounded(end, factor, 0.0) for end in spectrum.lower)
-    upper = tuple(_rounded(end, factor, math.inf) for end in spectrum.upper)
+    # Entries far below the largest may have underflowed when they were divided: by at most 2^-1075 each, which parts
+    # of the operator, scaled to size 1, enlarge by no more than their number of entries.
+    lost = _LOST if factor > 1.0 else 0.0
+    lower = tuple(_rounded(max(end - lost, 0.0), factor, 0.0) for end in spectrum.lower)
+    upper = tuple(_rounded(end + lost, factor, math.inf) for end in spectrum.upper)
     fro = None if spectrum.fro is None or math.isinf(spectrum.fro * factor) else spectrum.fro * factor
     return replace(spectrum, values=values, lower=lower, upper=upper, fro=fro)
 
@@ -219,6 +223,8 @@ def _rescaled(spectrum: Spectrum, factor: float) -> Spectrum:
 def _rounded(end: float, factor: float, towards: float) -> float:
     """Return end·factor, the factor a power of two (0 for one below float64's range), rounded in one direction."""
     scaled = end * factor
-    if math.isinf(end) or (factor and scaled / factor == end) or not end:
+    if math.isinf(scaled) or not end:
         return scaled
-    return math.nextafter(scaled, towards)
+    back = scaled / factor if factor else 0.0
+    wrong = back < end if towards > end else back > end
+    return math.nextafter(scaled, towards) if wrong else scaled

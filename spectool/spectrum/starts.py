@@ -12,22 +12,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spectool.linear import absorb
+
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
 
-_BLOCK = 1 << 22
-"""Elements hashed at a time: bounds the copy that leaves a device or a half type."""
-
-_DATA = ("weight", "geometry", "scale", "factor", "factors", "maps", "inner", "channels", "axis", "shape")
+_DATA = (
+    "weight",
+    "geometry",
+    "scale",
+    "factor",
+    "factors",
+    "maps",
+    "inner",
+    "channels",
+    "axis",
+    "shape",
+    "identity",
+)
 """Attributes that define a map, by the names the maps of ``spectool.linear`` give them."""
 
 
 def fingerprint(A: LinearMap) -> bytes:
     """Return a SHA-256 digest of the operator: its class, shapes, geometry and the bytes of its weights.
 
-    Weights are hashed as stored, blockwise; the arithmetic type and the device do not enter. A map that does not
-    show its weights (a function) is hashed by its shapes alone: applying it to a fixed vector would tell more,
-    but not the same on every device.
+    Weights are hashed as stored, blockwise; the arithmetic type and the device do not enter. A function
+    is hashed by its shapes and by the ``identity`` that its maker gave it, if it did: applying it to a fixed vector
+    would tell more, but not the same on every device.
     """
     digest = hashlib.sha256()
     _absorb(digest, A)
@@ -61,13 +72,7 @@ def generator(digest: bytes, seed: int, purpose: str) -> Stream:
 def _absorb(digest: hashlib._Hash, item: Any) -> None:
     """Feed one value to the digest; tensors by their bytes, maps by their defining attributes."""
     if isinstance(item, torch.Tensor):
-        digest.update(f"tensor{item.dtype}{tuple(item.shape)}".encode())
-        rows = item.detach().reshape(1) if item.ndim == 0 else item.detach()
-        # Slices along the first axis are views whatever the strides; flattening everything could copy it.
-        step = max(1, _BLOCK * rows.shape[0] // max(1, rows.numel()))
-        for begin in range(0, rows.shape[0], step):
-            block = rows[begin : begin + step].to("cpu").reshape(-1).contiguous()
-            digest.update(block.view(torch.uint8).numpy().data)
+        absorb(digest, item)
     elif hasattr(item, "matvec"):
         digest.update(f"map{type(item).__name__}{tuple(item.in_shape)}{tuple(item.out_shape)}".encode())
         for name in _DATA:

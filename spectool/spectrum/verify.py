@@ -42,6 +42,10 @@ MISSED = 1e-4
 """Probability that a verification which is content has overlooked a value that was missed. Half the pairs of what
 the intervals' 1e-9 would take: a miss is rare, and this counts only once there is one."""
 
+CLOSE = 1e-2
+"""Probability that the bound does not hold by which vectors are judged: whether they may be mixtures with something
+outside. Where nothing is near, a run that is content has this bound half-way down to the next value."""
+
 FINE = 0.05
 """Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it: at
 the default tolerance half the accuracy that is promised. The other half is for what a run does not see at once."""
@@ -61,6 +65,7 @@ class Check:
         steps: Pairs it took.
         complete: Whether a value above the level of ``Content`` would have been seen.
         few: Whether there are few distinct values, because a run broke down or saw something within ``SOON`` pairs.
+        sure: As ``bound``, wrong with probability ``CLOSE``; inf without a ``Content``.
     """
 
     bound: float
@@ -69,6 +74,7 @@ class Check:
     steps: int
     complete: bool
     few: bool = False
+    sure: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def complement_run(
     """
     size, level = gram.size - len(vectors), log_inverse_delta(gram.size, failure)
     if size <= 0:
-        return Check(0.0, False, False, 0, True)
+        return Check(0.0, False, False, 0, True, sure=0.0)
     vectors = gram.take(vectors)
     q = gram.random(1, source)
     for _ in range(2):
@@ -158,7 +164,8 @@ def complement_run(
     bound = hochstenbach(alphas, betas, level)
     certain = not sure.passed and sure.log >= due
     few = (broke and stuck <= STUCK) or len(alphas) <= SOON
-    return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few)
+    likely = hochstenbach(alphas, betas, due + math.log(content.failure / CLOSE)) if content else math.inf
+    return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few, sure=likely)
 
 
 def bounded_run(
@@ -219,6 +226,7 @@ def bounded_run(
         steps=sum(run.steps for run in runs),
         complete=all(run.complete for run in runs),
         few=True,
+        sure=max(run.sure for run in runs),
     ), gram
 
 
@@ -233,6 +241,7 @@ class Verdict:
         proven: Whether tau ≤ 1.05·(k-th value), or tau is below what the arithmetic resolves.
         complete: Whether a larger value than the k-th would have been seen, with probability 1 − 1e-4.
         few: Whether there are few distinct values, each with many copies.
+        sure: As ``tau`` without the rounding, and wrong with probability 1e-2.
     """
 
     tau: float
@@ -240,6 +249,7 @@ class Verdict:
     proven: bool
     complete: bool
     few: bool = False
+    sure: float = math.inf
 
 
 def verify(
@@ -292,7 +302,10 @@ def verify(
         near=last - 4.0 * (above - last) if complete else math.inf,
     )
     bound = check.bound + _slack(gram, first)
-    return Verdict(bound**0.5, check.above, not check.above and bound <= accept, check.complete, check.few)
+    proven = not check.above and bound <= accept
+    # Not inflated: it is a measure of accuracy, which is a thousand times that of the worst rounding.
+    sure = check.sure**0.5
+    return Verdict(bound**0.5, check.above, proven, check.complete, check.few, sure)
 
 
 def _slack(gram: Gram, first: float) -> float:
