@@ -81,7 +81,8 @@ def test_default_cap() -> None:
     A = Counting(matrix)
     estimate = lanczos(A, 2)
     assert not estimate.converged
-    assert 2 * 400 - 20 <= A.count[0] <= 2 * 400
+    # Up to 24 are kept to measure a foreign map's rounding.
+    assert 2 * 400 - 20 - 24 <= A.count[0] <= 2 * 400
     assert_encloses(estimate, np.linalg.svd(matrix, compute_uv=False))
 
 

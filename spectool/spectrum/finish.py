@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
     from spectool.spectrum.polish import Pairs
 
-SHARPENINGS = 6
+SHARPENINGS = 8
 """Times that residuals are added to the span."""
 
 EQUAL = 1e-9
@@ -43,7 +43,7 @@ def finish(
     """Polish ``vectors`` and return the estimate they give. Costs 2 matvecs per vector.
 
     Where something next to the k-th value may be mixed into the vectors, their residuals are added to the span, up to
-    six times, as long as ``most`` allows.
+    eight times, as long as ``most`` allows.
 
     Args:
         gram: The scaled operator.
@@ -61,7 +61,7 @@ def finish(
     wanted = max(PROMISE, 0.1 * tol)
     accurate = _accurate(pairs, k, sure, wanted)
     for _ in range(SHARPENINGS):
-        room = 2 * (len(pairs.values) + len(vectors)) + 2 * reserve(gram) <= most - gram.applications
+        room = 4 * len(vectors) + 2 * reserve(gram) <= most - gram.applications
         if accurate or not converged or not room:
             break
         pairs, leak = _sharpened(gram.double(), pairs)
@@ -104,6 +104,11 @@ def finish(
     )
 
 
+def _first(pairs: Pairs, count: int) -> Pairs:
+    names = ("values", "right", "left", "remainder", "defect")
+    return replace(pairs, **{name: getattr(pairs, name)[:count] for name in names})
+
+
 def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
     """Let the residuals join the span, and keep as many of the largest pairs as there were: one step of block Lanczos.
 
@@ -122,10 +127,7 @@ def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
         return pairs, 0.0
     both = torch.cat([pairs.right, rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)])
     found = polish(gram, both)
-    kept = replace(
-        found,
-        **{name: getattr(found, name)[:count] for name in ("values", "right", "left", "remainder", "defect")},
-    )
+    kept = _first(found, count)
     outside = pairs.right - (pairs.right @ kept.right.T) @ kept.right
     turned = float(torch.linalg.matrix_norm(pairs.values[:, None] * outside, 2))
     coupling = float(torch.linalg.matrix_norm(pairs.remainder, 2))
@@ -136,8 +138,11 @@ def _accurate(pairs: Pairs, k: int, sure: float, wanted: float) -> bool:
     """Return whether no singular value is above its estimate by more than ``wanted``·σ₁, given ``sure``.
 
     Vectors with small residuals may still be mixtures: of two values 1e-5 apart, one of them outside, each estimate is
-    off by up to that. The argument is that of ``probabilistic.enclose``.
+    off by up to that. The argument is that of ``probabilistic.enclose``; residuals below ``wanted`` are good in any
+    case: a mixture of two values is off by no more than its residual.
     """
+    if float(torch.linalg.matrix_norm(pairs.remainder[:k], 2)) <= wanted * float(pairs.values[0]):
+        return True
     squares, coupling = pairs.values.square(), pairs.remainder @ pairs.remainder.T
     error = wanted * float(pairs.values[0]) - pairs.accuracy
     for index in range(min(k, len(squares))):

@@ -17,7 +17,7 @@ from spectool.spectrum.hochstenbach import FAILURE
 from spectool.spectrum.rounding import begin, reserve
 from spectool.spectrum.search import SPARE, Aim, Search, search
 from spectool.spectrum.starts import Stream, fingerprint, generator
-from spectool.spectrum.verify import FINE, Verdict, verify
+from spectool.spectrum.verify import MARGIN, Verdict, verify
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,10 +133,10 @@ class _Run:
             found = self._search(vectors, values, number, block)
             ceiling, converged = min(ceiling, found.ceiling), found.converged
             values, vectors, spare = _merge(self.gram, values, vectors, found, k)
-            if k == 1 and ceiling <= (1.0 + FINE * self.tol) ** 2 * values[0]:
-                # Nothing larger can have been missed, and copies do not matter. A ceiling further up would not do: of
-                # two values 1e-5 apart the smaller can meet the tolerance first.
-                verdict = Verdict(math.sqrt(ceiling), False, True, True, sure=math.sqrt(ceiling))
+            if k == 1 and found.clear and ceiling <= MARGIN**2 * values[0]:
+                # Nothing larger can have been missed, and copies do not matter. The ceiling alone would not do: of two
+                # values 1e-5 apart the smaller can meet the tolerance first.
+                verdict = Verdict(math.sqrt(ceiling), False, True, True, sure=0.0)
                 spare = spare[:0]
                 break
             verdict = self._verify(

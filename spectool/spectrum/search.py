@@ -14,7 +14,7 @@ from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
 from spectool.spectrum.krylov import Krylov
 from spectool.spectrum.polish import PROMISE
 from spectool.spectrum.rounding import application_error
-from spectool.spectrum.verify import FINE
+from spectool.spectrum.verify import CLOSE, FINE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +37,9 @@ CLEAR = 0.2
 just meet the tolerance can be mixtures, with values that are off by as much. A few pairs more here spare a block step
 of the polish."""
 
+LINGER = 40
+"""Pairs after convergence in which a run for one value may become sure that none is larger."""
+
 NOISY = 64.0
 """Multiple of the rounding of one application below which a residual that has stopped falling will not fall again."""
 
@@ -56,6 +59,8 @@ class Search:
         stalled: Whether the arithmetic of this run cannot do better.
         ceiling: Bound on B's largest eigenvalue on the complement of the known rows, from this run's
             coefficients, inflated by rounding; inf if there is none.
+        clear: Whether (k = 1) nothing is larger than the first value by more than is promised, with probability
+            1 − ``CLOSE``.
     """
 
     values: NDArray[np.float64]
@@ -64,6 +69,7 @@ class Search:
     converged: bool
     stalled: bool
     ceiling: float
+    clear: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ def search(
     target = (1.0 + aim.excess) ** 2
     spent, due, before = 0, aim.k, (0, math.inf)
     mark, best = 0, math.inf
+    settled, clear = 0, False
+    close = log_inverse_delta(gram.size, CLOSE)
     while True:
         # Invariant: ``spent`` pairs so far; a test comes when it is due, or when no block fits any more.
         width = krylov.frontier
@@ -123,6 +131,12 @@ def search(
             progress(Step("lanczos", matvecs=gram.applications, residual=state.worst))
             done = state.converged or state.stalled
             ceiling = math.inf
+            if done and aim.k == 1 and aim.excess < math.inf:
+                # At k = 1 these coefficients also tell whether a larger value is near: no other run has to.
+                likely = krylov.certificate(state.values, close)
+                clear = likely <= (1.0 + max(PROMISE, 0.1 * aim.tol)) ** 2 * state.first
+                settled = settled or spent
+                done &= clear or state.stalled or math.isinf(likely) or spent > settled + LINGER
             if done or over:
                 slack = 2.0 * application_error(gram, math.sqrt(state.first)) * math.sqrt(state.first)
                 ceiling = krylov.certificate(state.values, level) + slack
@@ -137,7 +151,7 @@ def search(
                 vectors = krylov.vectors(state.coordinates[:, chosen])
                 values = state.values[chosen].copy()
                 stalled = state.stalled or stuck
-                return Search(values, vectors, state.worst, state.converged, stalled, ceiling)
+                return Search(values, vectors, state.worst, state.converged, stalled, ceiling, clear)
             due = spent + _wait(spent, before, state.worst, aim.tol)
             before = (spent, state.worst)
             if state.worst < 0.5 * best:

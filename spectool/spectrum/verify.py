@@ -164,7 +164,9 @@ def complement_run(
     bound = hochstenbach(alphas, betas, level)
     certain = not sure.passed and sure.log >= due
     few = (broke and stuck <= STUCK) or len(alphas) <= SOON
-    likely = hochstenbach(alphas, betas, due + math.log(content.failure / CLOSE)) if content else math.inf
+    # A run that is one of four has a fourth of the logarithm to show, here as in ``due``.
+    part = math.log(content.failure) / math.log(MISSED) if content else 1.0
+    likely = hochstenbach(alphas, betas, due - part * math.log(CLOSE / MISSED)) if content else math.inf
     return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few, sure=likely)
 
 
