@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
     from spectool.spectrum.polish import Pairs
 
-SHARPENINGS = 8
+SHARPENINGS = 10
 """Times that residuals are added to the span."""
 
 EQUAL = 1e-9
@@ -43,7 +43,7 @@ def finish(
     """Polish ``vectors`` and return the estimate they give. Costs 2 matvecs per vector.
 
     Where something next to the k-th value may be mixed into the vectors, their residuals are added to the span, up to
-    eight times, as long as ``most`` allows.
+    ten times, as long as ``most`` allows.
 
     Args:
         gram: The scaled operator.
@@ -61,7 +61,7 @@ def finish(
     wanted = max(PROMISE, 0.1 * tol)
     accurate = _accurate(pairs, k, sure, wanted)
     for _ in range(SHARPENINGS):
-        room = 4 * len(vectors) + 2 * reserve(gram) <= most - gram.applications
+        room = 8 * len(vectors) + 2 * reserve(gram) <= most - gram.applications
         if accurate or not converged or not room:
             break
         pairs, leak = _sharpened(gram.double(), pairs)
@@ -110,7 +110,7 @@ def _first(pairs: Pairs, count: int) -> Pairs:
 
 
 def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
-    """Let the residuals join the span, and keep as many of the largest pairs as there were: one step of block Lanczos.
+    """Let the residuals join the span, and keep as many of the largest pairs as there were: two steps of block Lanczos.
 
     Residuals that come from far away shrink by it. What comes from a value next to the wanted ones stays, and shows.
 
@@ -122,11 +122,13 @@ def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
     """
     count, first = len(pairs.values), float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
-    rows = pairs.remainder[lengths > 1e-14 * first][: gram.size - count]
+    rows = pairs.remainder[lengths > 1e-14 * first]
     if not len(rows):
         return pairs, 0.0
-    both = torch.cat([pairs.right, rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)])
-    found = polish(gram, both)
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    more = wide(gram(gram.take(rows)))
+    more = more / torch.linalg.vector_norm(more, dim=1, keepdim=True).clamp_min(1e-300)
+    found = polish(gram, torch.cat([pairs.right, rows, more])[: gram.size])
     kept = _first(found, count)
     outside = pairs.right - (pairs.right @ kept.right.T) @ kept.right
     turned = float(torch.linalg.matrix_norm(pairs.values[:, None] * outside, 2))
