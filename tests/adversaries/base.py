@@ -89,7 +89,8 @@ def by_numpy(
         found = np.linalg.svd(np.ldexp(block, -exponent), compute_uv=False)
         error = 1e-12 * found.max(initial=0.0)
         for end, values in zip(ends, (found, np.maximum(found - error, 0), found + error), strict=True):
-            end.append(np.ldexp(values, exponent))
+            with np.errstate(over="ignore"):
+                end.append(np.ldexp(values, exponent))
     # The i-th largest of all lower ends is below the i-th largest value, whichever block that is from.
     sigma, low, high = (np.sort(np.concatenate(end))[::-1] for end in ends)
     return Adversary(text, build, sigma, np.maximum(low - 1e-322, 0), high + 1e-322, **more)  # type: ignore[arg-type]

@@ -80,12 +80,15 @@ def convolutions(draw: Draw) -> Adversary | None:
     found = []
     for part in parts:
         single = part.double().numpy()
-        matrix = (
-            conv_transpose_matrix(single, n, s, pads, d)
-            if transposed
-            else conv_matrix(single, n, s, pads, d, 1, mode)
-        )
-        if not 0 < matrix.size <= _MOST:
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # padding may add up what is at the end of the range
+            matrix = (
+                conv_transpose_matrix(single, n, s, pads, d)
+                if transposed
+                else conv_matrix(single, n, s, pads, d, 1, mode)
+            )
+        if not 0 < matrix.size <= _MOST or not np.isfinite(matrix).all():
             return None
         found.append(matrix)
     return by_numpy(
