@@ -60,7 +60,8 @@ def test_a_pair_of_which_one_is_wanted(gap: float, kind: str) -> None:
 @pytest.mark.parametrize("copies", [2, 5])
 def test_a_small_cluster(copies: int, place: int) -> None:
     values = planted(place, 1e-8, 4e-3, copies)
-    assert_right(lanczos(as_map(values, "rotated", place), 3), values, 3)
+    # The default cap of 1000 is reached by one start vector in three: copies 1e-8 apart are left outside.
+    assert_right(lanczos(as_map(values, "rotated", place), 3, max_matvecs=1400), values, 3)
 
 
 def conv1d(seed: int) -> tuple[ConvMap, Matrix]:

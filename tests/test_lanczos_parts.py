@@ -69,7 +69,7 @@ def test_at_the_cap_it_says_so_and_the_interval_holds(cap: int, k: int) -> None:
     A = Counting(matrix)
     estimate = lanczos(A, k, max_matvecs=cap)
     assert estimate.matvecs == A.count[0]
-    assert estimate.matvecs <= max(cap + 2, 4 * k + 20)
+    assert estimate.matvecs <= max(cap + 2, 4 * k + 20 + 24)  # 24 to measure the rounding of a foreign map
     assert_encloses(estimate, truth)
     if cap < 100:
         assert not estimate.converged
@@ -81,7 +81,8 @@ def test_default_cap() -> None:
     A = Counting(matrix)
     estimate = lanczos(A, 2)
     assert not estimate.converged
-    assert 2 * 400 - 20 <= A.count[0] <= 2 * 400
+    # Up to 24 are kept to measure a foreign map's rounding.
+    assert 2 * 400 - 20 - 24 <= A.count[0] <= 2 * 400
     assert_encloses(estimate, np.linalg.svd(matrix, compute_uv=False))
 
 
@@ -248,7 +249,7 @@ def test_fingerprint_depends_on_weights_and_geometry_alone() -> None:
 
 def test_generators_differ_by_seed_and_purpose() -> None:
     draws = {
-        float(torch.randn(1, dtype=torch.float64, generator=generator(digest, seed, purpose)))
+        float(generator(digest, seed, purpose).normal(1, 1))
         for digest in (b"a", b"b")
         for seed in (0, 1)
         for purpose in ("search 0", "verify 0")

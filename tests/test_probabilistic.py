@@ -19,10 +19,11 @@ from spectool.spectrum.gram import Gram
 from spectool.spectrum.hochstenbach import FAILURE, Sturm, hochstenbach, log_inverse_delta, reaches
 from spectool.spectrum.krylov import Krylov
 from spectool.spectrum.lanczos import lanczos
-from spectool.spectrum.polish import polish, rounding_unit
+from spectool.spectrum.polish import polish
 from spectool.spectrum.power import power, powerqr
 from spectool.spectrum.probabilistic import enclose, upper
-from spectool.spectrum.starts import generator
+from spectool.spectrum.rounding import rounding_unit
+from spectool.spectrum.starts import Stream, generator
 from spectool.spectrum.verify import Check, complement_run
 
 NEVER = ((0.0, 400),)  # a goal that is not met: run on
@@ -31,7 +32,7 @@ NEVER = ((0.0, 400),)  # a goal that is not met: run on
 def operator(rng: np.random.Generator, values: Matrix, dtype: torch.dtype) -> Gram:
     matrix = spectrum_matrix(rng, len(values) + int(rng.integers(0, 9)), len(values), values.tolist())
     gram = Gram(MatrixMap(torch.from_numpy(matrix), dtype=dtype))
-    gram.prescale(torch.Generator().manual_seed(int(rng.integers(1 << 30))))
+    gram.prescale(Stream(int(rng.integers(1 << 30))))
     return gram
 
 
@@ -41,7 +42,7 @@ def nothing(gram: Gram) -> torch.Tensor:
 
 def run(gram: Gram, steps: int, seed: int, failure: float, vectors: torch.Tensor | None = None) -> Check:
     rows = nothing(gram) if vectors is None else vectors
-    source = torch.Generator().manual_seed(seed)
+    source = Stream(seed)
     return complement_run(gram, rows, source, above=1e300, goals=((0.0, steps),), failure=failure)
 
 
@@ -114,7 +115,7 @@ def test_the_condition_is_on_the_start_vector_alone() -> None:
             complement_run(
                 stub,
                 torch.empty(0, n, dtype=dtype),
-                torch.Generator(),
+                Stream(0),
                 above=1e300,
                 goals=((0.0, j),),
                 failure=FAILURE,
@@ -133,7 +134,7 @@ class Stub(Gram):
         self.size = len(start)
         self.map = SimpleNamespace(dtype=diagonal.dtype, device=diagonal.device)  # type: ignore[assignment]
 
-    def random(self, rows: int, source: torch.Generator) -> torch.Tensor:
+    def random(self, rows: int, source: Stream) -> torch.Tensor:
         return self.start.clone()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +204,7 @@ def test_the_polynomial_by_its_roots(seed: int) -> None:
 
 
 def ceilings(gram: Gram, steps: int, capacity: int, seed: int, failure: float, every: int = 1) -> list[float]:
-    basis = Krylov(gram, nothing(gram), capacity, 1, torch.Generator().manual_seed(seed))
+    basis = Krylov(gram, nothing(gram), capacity, 1, Stream(seed))
     bounds = []
     for step in range(steps):
         if basis.size + 1 > capacity:
@@ -250,11 +251,11 @@ def test_restarted_ceilings_are_wrong_as_rarely_as_they_say() -> None:
 def test_blocks_and_refills_certify_nothing() -> None:
     rng = np.random.default_rng(8)
     gram = operator(rng, np.linspace(1, 0.1, 60), torch.float64)
-    block = Krylov(gram, nothing(gram), 30, 2, torch.Generator().manual_seed(0))
+    block = Krylov(gram, nothing(gram), 30, 2, Stream(0))
     block.expand()
     assert block.certificate(block.ritz()[0], 20.0) == math.inf
     flat = operator(rng, np.repeat([1.0, 0.5], 30), torch.float64)
-    refilled = Krylov(flat, nothing(flat), 30, 1, torch.Generator().manual_seed(0))
+    refilled = Krylov(flat, nothing(flat), 30, 1, Stream(0))
     for _ in range(4):
         refilled.expand()
     assert refilled.certificate(refilled.ritz()[0], 20.0) == math.inf
@@ -386,5 +387,5 @@ def test_upper_of_the_zero_operator() -> None:
 
 
 def test_another_generator_for_the_verification() -> None:
-    a, b = (torch.randn(3, generator=generator(b"x", 0, purpose)) for purpose in ("search 0", "verify 0"))
+    a, b = (generator(b"x", 0, purpose).normal(1, 3) for purpose in ("search 0", "verify 0"))
     assert not torch.equal(a, b)

@@ -80,7 +80,7 @@ def test_power_methods_are_right_or_say_that_they_are_not(method: str, case: Cas
         (conv(gaussian(8, 8, 3, 3), (10, 10), padding=1), "dense", "exact"),
         (conv(gaussian(8, 8, 1, 1), (40, 40), padding=0), "exact:non-overlapping", "exact"),
         (conv(gaussian(6, 4, 3, 3), (24, 24), padding=1), "lanczos", "probabilistic"),
-        (conv(gaussian(4, 4, 3, 3), (40, 40), padding=2, dilation=2), "lanczos", "symbol"),
+        (conv(gaussian(4, 4, 3, 3), (40, 40), padding=2, dilation=2), "lanczos", "probabilistic"),
         (conv(gaussian(12, 6, 3, 3), (24, 24), groups=2, padding=1), "lanczos", "probabilistic"),
     ],
     ids=["matrix", "small conv", "1x1", "large conv", "dilated", "groups"],
@@ -156,7 +156,7 @@ def test_function_is_solved_in_float64_where_it_can_be_remade() -> None:
     stuck = FunctionMap(make(torch.float32, None), (4, 8, 8))
     exact, remade, rough = svds(B, 4), svds(A, 4), svds(stuck, 4)
     assert remade.method == "dense"
-    assert remade.matvecs == 256
+    assert remade.matvecs == 256 + 4  # four to measure its rounding
     assert np.allclose(remade.values, exact.values, rtol=1e-13)
     truth = np.array(exact.values)
     assert (np.array(rough.lower) <= truth).all()

@@ -9,7 +9,7 @@ import torch
 
 from spectool.api.devices import choose_device, choose_dtype
 from spectool.errors import UsageError
-from spectool.linear import FunctionMap, LinearMap, MatrixMap
+from spectool.linear import FunctionMap, LinearMap, MatrixMap, identity
 from spectool.spectrum import Spectrum
 from spectool.spectrum import svds as solve
 
@@ -79,7 +79,15 @@ def function_map(
         working = choose_dtype(dtype)
     place = parameters[0].device if parameters else choose_device(device)
     if isinstance(function, torch.nn.Module):
-        return FunctionMap(function, in_shape, dtype=working, device=place, remake=_module_maker(function))
+        tensors = (*parameters, *function.buffers())
+        return FunctionMap(
+            function,
+            in_shape,
+            dtype=working,
+            device=place,
+            remake=_module_maker(function),
+            identity=identity(tensors, type(function).__name__),
+        )
     return FunctionMap(function, in_shape, dtype=working, device=place)
 
 

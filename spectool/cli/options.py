@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -86,6 +87,16 @@ class CheckFormatName(StrEnum):
     sarif = "sarif"
 
 
+def _seed(text: Any) -> int:
+    """Return a seed: the number given, or one that nobody can know before."""
+    if str(text) == "random":
+        return secrets.randbits(62)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor random") from error
+
+
 def option(panel: str, *flags: str, help: str, metavar: str | None = None, **more: Any) -> Any:
     """Return an option that can also be set by SPECTOOL_<LONG NAME>."""
     longest = max(flags, key=len).lstrip("-").replace("-", "_").upper()
@@ -137,7 +148,15 @@ Certify = Annotated[
     bool, option(COMPUTE, "--certify", help="Add a deterministic upper bound wherever there is one.")
 ]
 Seed = Annotated[
-    int, option(COMPUTE, "--seed", metavar="N", help="Seed of the start vectors.", show_default=True)
+    int,
+    option(
+        COMPUTE,
+        "--seed",
+        metavar="N|random",
+        help="Seed of the start vectors; random: another one in every run, for files that may know this one.",
+        show_default=True,
+        parser=_seed,
+    ),
 ]
 Device = Annotated[
     str,

@@ -6,7 +6,9 @@ from spectool.linear.diagonal import DiagonalMap
 from spectool.linear.fold import fold
 from spectool.linear.function import FunctionMap
 from spectool.linear.geometry import ConvGeometry
+from spectool.linear.identity import absorb, identity
 from spectool.linear.infinite import InfiniteConv
+from spectool.linear.magnitude import Magnitude, factors, is_single, magnitude
 from spectool.linear.matrix import MatrixMap
 from spectool.linear.operations import (
     all_finite,
@@ -20,6 +22,7 @@ from spectool.linear.operations import (
 from spectool.linear.padding import padding_matrix
 from spectool.linear.precision import exact_arithmetic
 from spectool.linear.protocol import LinearMap
+from spectool.linear.scaling import largest
 from spectool.linear.separable import SeparableMap
 
 __all__ = [
@@ -31,17 +34,24 @@ __all__ = [
     "FunctionMap",
     "InfiniteConv",
     "LinearMap",
+    "Magnitude",
     "MatrixMap",
     "Recast",
     "Reshaped",
     "Scaled",
     "SeparableMap",
+    "absorb",
     "adjoint",
     "all_finite",
     "dot_test",
     "exact_arithmetic",
+    "factors",
     "fold",
     "frobenius",
+    "identity",
+    "is_single",
+    "largest",
+    "magnitude",
     "normal_matvec",
     "padding_matrix",
     "prescale",

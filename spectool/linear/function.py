@@ -46,6 +46,8 @@ class FunctionMap:
         dtype: Type of the vectors, and what the function expects. A result in another type is cast back.
         device: Where the function runs.
         remake: Makes the function for another type and device; without it ``to`` returns the map itself.
+        identity: What tells it from other functions of its shapes, such as a digest of its weights: start vectors
+            depend on it, so that weights cannot be prepared against one.
 
     Raises:
         OperatorError: If the function fails on a zero input, does not keep the batch axis, or is very large.
@@ -64,8 +66,9 @@ class FunctionMap:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         remake: Callable[[torch.dtype, torch.device], Function] | None = None,
+        identity: bytes = b"",
     ) -> None:
-        self.function, self.remake = function, remake
+        self.function, self.remake, self.identity = function, remake, identity
         self.dtype, self.device = dtype, torch.device(device)
         self.in_shape = tuple(int(n) for n in in_shape)
         check_entries("an input", self.in_shape)
@@ -108,7 +111,12 @@ class FunctionMap:
         if self.remake is None or (dtype, device) == (self.dtype, self.device):
             return self
         return FunctionMap(
-            self.remake(dtype, device), self.in_shape, dtype=dtype, device=device, remake=self.remake
+            self.remake(dtype, device),
+            self.in_shape,
+            dtype=dtype,
+            device=device,
+            remake=self.remake,
+            identity=self.identity,
         )
 
     def affine_defect(self, *, seed: int = 0) -> float:
@@ -130,9 +138,13 @@ class FunctionMap:
     def all_finite(self) -> bool:
         """Return whether a vector of ones, and its image's way back, stay finite. Costs 2 matvecs."""
         image = self.matvec(self._zeros(1) + 1)
-        return bool(torch.isfinite(image).all()) and bool(
+        finite = bool(torch.isfinite(image).all()) and bool(
             torch.isfinite(self.rmatvec(torch.ones_like(image))).all()
         )
+        if finite or self.remake is None or self.dtype == torch.float64:
+            return finite
+        # Sums of weights near float32's end overflow; the weights themselves do not in float64.
+        return self.to(dtype=torch.float64, device="cpu" if self.device.type == "mps" else None).all_finite()
 
     def _zeros(self, b: int) -> torch.Tensor:
         return torch.zeros((b, *self.in_shape), dtype=self.dtype, device=self.device)

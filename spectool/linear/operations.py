@@ -10,7 +10,7 @@ import torch
 from spectool.linear.compose import Adjoint, Composed, Recast, Reshaped, Scaled, adjoint
 from spectool.linear.fold import fold
 from spectool.linear.protocol import LinearMap
-from spectool.linear.scaling import power_below, to_double
+from spectool.linear.scaling import power_below, power_product, to_double
 
 _BATCH_ENTRIES = 1 << 22  # entries of a batch of vectors, in and out together: 32 MB in float64
 
@@ -115,10 +115,10 @@ def prescale(A: LinearMap) -> tuple[LinearMap, float]:
         case Scaled():
             inner, factor = prescale(A.inner)
             size = power_below(abs(A.factor))
-            return Scaled(inner, A.factor / size), factor * size
+            return Scaled(inner, A.factor / size), power_product((factor, size))
         case Composed():
             pairs = [prescale(part) for part in A.maps]
-            return Composed(*(part for part, _ in pairs)), math.prod(factor for _, factor in pairs)
+            return Composed(*(part for part, _ in pairs)), power_product(factor for _, factor in pairs)
     own: Any = getattr(A, "prescale", None)
     if own is not None:
         scaled, factor = own()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -82,6 +82,18 @@ def power_below(value: float) -> float:
     if value == 0 or not math.isfinite(value):
         return 1.0
     return math.ldexp(1.0, math.frexp(value)[1] - 1)
+
+
+def power_product(powers: Iterable[float]) -> float:
+    """Return the product of powers of two without over- or underflow on the way; 0 where it underflows itself.
+
+    Raises:
+        OperatorError: If it is beyond float64's range.
+    """
+    exponent = sum(math.frexp(power)[1] - 1 for power in powers)
+    if exponent > 1023:
+        raise OperatorError("the weights multiply beyond float64's range", hint="scale them down")
+    return math.ldexp(1.0, exponent)
 
 
 def scaled_weight(weight: torch.Tensor, factor: float) -> torch.Tensor:

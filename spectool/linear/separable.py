@@ -7,7 +7,14 @@ import math
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear.scaling import all_finite, check_real, frobenius, power_of_two, scaled_weight
+from spectool.linear.scaling import (
+    all_finite,
+    check_real,
+    frobenius,
+    power_of_two,
+    power_product,
+    scaled_weight,
+)
 
 
 class SeparableMap:
@@ -86,7 +93,7 @@ class SeparableMap:
         scales = [power_of_two(factor) for factor in self.factors]
         factors = tuple(scaled_weight(f, scale) for f, scale in zip(self.factors, scales, strict=True))
         scaled = SeparableMap(self.channels, factors, dtype=self.dtype, device=self.device)
-        return scaled, math.prod(scales)
+        return scaled, power_product(scales)
 
 
 def _along(x: torch.Tensor, factor: torch.Tensor, axis: int) -> torch.Tensor:

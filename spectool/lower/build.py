@@ -19,6 +19,7 @@ from spectool.linear import (
     InfiniteConv,
     LinearMap,
     MatrixMap,
+    identity,
 )
 from spectool.linear.memory import check_entries, enough_memory
 from spectool.lower.replay import Load, constant_names, remake_region, run
@@ -63,7 +64,15 @@ def lower(
     if region.in_shape is None:
         raise OperatorError(f"{region.key}: no rule for {region.kind} of unknown input size")
     function = remake_region(region, load)
-    return FunctionMap(function(dtype, device), region.in_shape, dtype=dtype, device=device, remake=function)
+    constants = (load(name) for name in constant_names(region))
+    return FunctionMap(
+        function(dtype, device),
+        region.in_shape,
+        dtype=dtype,
+        device=device,
+        remake=function,
+        identity=identity(constants, repr([(type(node.op).__name__, node.inputs) for node in region.nodes])),
+    )
 
 
 def without_epsilon(region: Region) -> Region:

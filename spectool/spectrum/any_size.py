@@ -226,7 +226,7 @@ def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
     counts = _first_grid(symbol.degree, angle, max(24.0, 0.7 * effort / work / symbol.groups))
     cells = _initial(symbol.groups, counts)
     waiting: list[_Cells] = []
-    settled, ceiling = 0.0, float((symbol.norms + symbol.rounding).max())
+    settled, ceiling = 0.0, float(((symbol.norms + symbol.rounding) * symbol.units).max())
     while True:
         phi = cells.half @ degree * (1 + 4 * EPS)
         cosine = torch.where(phi < pi / 2, torch.cos(phi), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -13,6 +14,8 @@ from spectool.linear import LinearMap, all_finite, prescale
 from spectool.linear.scaling import count_not_finite, largest
 from spectool.progress import Progress
 from spectool.spectrum.types import Method
+
+_REACH = 200.0  # binary orders of magnitude that all parts together may span
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def check_finite(A: LinearMap) -> None:
     """Raise OperatorError, with the number of bad entries, if a weight is NaN or infinite."""
     if all_finite(A):
         return
-    tensors = list(_weights(A))
+    tensors = list(weights(A))
     bad = sum(map(count_not_finite, tensors))
     total = sum(tensor.numel() for tensor in tensors)
     if bad:
@@ -94,19 +97,23 @@ def check_finite(A: LinearMap) -> None:
     raise OperatorError("the operator gives NaN or infinite values")
 
 
-def _weights(A: Any) -> Iterator[torch.Tensor]:
+def weights(A: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors that a map shows."""
     for name in ("weight", "scale"):
         if isinstance(getattr(A, name, None), torch.Tensor):
             yield getattr(A, name)
     yield from getattr(A, "factors", ())
     for part in (*getattr(A, "maps", ()), *([A.inner] if hasattr(A, "inner") else [])):
-        yield from _weights(part)
+        yield from weights(part)
 
 
 def moderate(A: LinearMap) -> tuple[LinearMap, float]:
-    """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range."""
-    peaks = [largest(tensor) for tensor in _weights(A)]
-    if all(peak == 0 or 1e-60 < peak < 1e60 for peak in peaks):
+    """Return (A/factor, factor), factor a power of two that is 1 unless squares could leave float64's range.
+
+    Squares of products of all parts count. The factor is 0 where it is below float64's range.
+    """
+    peaks = [largest(tensor) for tensor in weights(A)]
+    reach = sum(abs(math.log2(peak)) for peak in peaks if peak)
+    if reach <= _REACH:
         return A, 1.0
     return prescale(A)

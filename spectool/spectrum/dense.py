@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 
 from spectool.errors import OperatorError
-from spectool.linear import LinearMap, MatrixMap, Recast, adjoint, normal_matvec, size, to_dense
-from spectool.spectrum.levels import EPS, Levels
+from spectool.linear import (
+    LinearMap,
+    MatrixMap,
+    Recast,
+    adjoint,
+    is_single,
+    magnitude,
+    normal_matvec,
+    size,
+    to_dense,
+)
+from spectool.spectrum.levels import EPS, TINY, Levels
+from spectool.spectrum.rounding import PROBES, SAFETY, USUAL
+from spectool.spectrum.starts import Stream
 
 if TYPE_CHECKING:
     from spectool.spectrum.types import UpperKind
@@ -53,6 +65,7 @@ class Solved:
         left: Left singular vectors ``(k, *out_shape)``.
         right: Right singular vectors ``(k, *in_shape)``.
         multiplicity: As ``Spectrum.multiplicity``; 0 to count the levels.
+        accuracy: What error of the values is to be expected; None for the half-width of their intervals.
     """
 
     levels: Levels
@@ -67,6 +80,7 @@ class Solved:
     left: Tensor | None = None
     right: Tensor | None = None
     multiplicity: int = 0
+    accuracy: float | None = None
 
 
 def matrix_levels(matrices: Tensor, k: int) -> Levels:
@@ -84,13 +98,14 @@ def matrix_levels(matrices: Tensor, k: int) -> Levels:
         return Levels.nothing()
     if min(m, n) == 1:
         norms = _norms(matrices.reshape(-1, m * n))
-        return Levels.around(norms, EPS * (max(m, n) + 8) * norms)
+        return Levels.around(norms, EPS * (max(m, n) + 8) * norms + 4 * TINY * (norms > 0))
     if m * n > SVD_ENTRIES and matrices.ndim == 2:
         levels = gram_levels(gram(row_blocks(matrices)), max(m, n))
         if _accurate(levels, k):
             return levels
     values = torch.linalg.svdvals(matrices).cpu().numpy()
-    error = 2 * EPS * (m + n + 8) * values[..., :1]
+    # LAPACK scales tiny matrices up and the values down again, to the nearest subnormal number.
+    error = 2 * EPS * (m + n + 8) * values[..., :1] + 4 * TINY * (values[..., :1] > 0)
     return Levels.around(values, np.broadcast_to(error, values.shape).reshape(-1))
 
 
@@ -132,6 +147,7 @@ def gram_levels(matrix: Tensor, rows: int) -> Levels:
     n = matrix.shape[0]
     eigenvalues = torch.linalg.eigvalsh(matrix).flip(0).cpu().numpy()
     delta = gram_rounding(matrix, rows) + EPS * 16 * n * max(float(eigenvalues[0]), 0.0)
+    delta += 4 * TINY * rows * (delta > 0)  # squares may underflow
     values = np.sqrt(np.maximum(eigenvalues, 0.0))
     lower = np.sqrt(np.maximum(eigenvalues - delta, 0.0)) * (1 - EPS)
     upper = np.sqrt(np.maximum(eigenvalues, 0.0) + delta) * (1 + EPS)
@@ -177,8 +193,8 @@ def affordable(A: LinearMap, work: float = 0.0) -> bool:
 def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
     """Return the singular values of A from its dense matrix or its Gram matrix.
 
-    Costs no matvecs for a stored matrix, min(m, n) for any other map, 2·min(m, n) where the matrix itself does
-    not fit in memory. Arithmetic is float64 where the map allows it.
+    Costs no matvecs for a stored matrix, min(m, n) for any other map (4 more for a function), 2·min(m, n) where it
+    does not fit in memory. Arithmetic is float64 where the map allows it.
 
     Raises:
         OperatorError: If the factorisation would need more than 16 GiB, or the operator has entries that are NaN
@@ -193,7 +209,7 @@ def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
             hint="use --method lanczos, which needs only products with the operator",
         )
     why = f"the smaller side of {m} × {n} is {short}"
-    matvecs = 0 if isinstance(A, MatrixMap) else short
+    matvecs, sample = 0 if isinstance(A, MatrixMap) else short, 0.0
     if vectors:
         return _with_vectors(A, k, why, matvecs)
     if isinstance(A, MatrixMap) and 8 * m * n > _STREAM_BYTES:
@@ -203,11 +219,14 @@ def dense(A: LinearMap, k: int, *, vectors: bool = False) -> Solved:
     elif isinstance(A, MatrixMap):
         levels = matrix_levels(A.weight.detach().double(), k)
     elif 8 * m * n <= _EXACT_BYTES // 8:
-        levels = matrix_levels(_finite(to_dense(A)), k)
+        matrix = _finite(to_dense(A))
+        levels = matrix_levels(matrix, k)
+        sample, spent = _sample(A, matrix)
+        matvecs += spent
     else:
         matvecs = 2 * short
         levels = gram_levels(_applied_gram(A), max(m, n))
-    return Solved(widened(levels, A), "dense", why, matvecs=matvecs)
+    return _enclosed(levels, A, sample, Solved(levels, "dense", why, matvecs=matvecs))
 
 
 def _with_vectors(A: LinearMap, k: int, why: str, matvecs: int) -> Solved:
@@ -215,21 +234,23 @@ def _with_vectors(A: LinearMap, k: int, why: str, matvecs: int) -> Solved:
     m, n = matrix.shape
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     values = s.cpu().numpy()
-    levels = widened(Levels.around(values, 2 * EPS * (m + n + 8) * values[0]), A)
+    levels = Levels.around(values, 2 * EPS * (m + n + 8) * values[0])
+    sample, spent = (0.0, 0) if isinstance(A, MatrixMap) else _sample(A, matrix)
     top = float(s[0]) or 1.0
     left, right = u[:, :k].T, vh[:k]
     forward = torch.linalg.vector_norm(right @ matrix.T - s[:k, None] * left, dim=1)
     backward = torch.linalg.vector_norm(left @ matrix - s[:k, None] * right, dim=1)
     residuals = tuple(float(r) / top for r in torch.maximum(forward, backward))
-    return Solved(
+    solved = Solved(
         levels,
         "dense",
         why,
-        matvecs=matvecs,
+        matvecs=matvecs + spent,
         residuals=residuals,
         left=left.reshape(-1, *A.out_shape).cpu(),
         right=right.reshape(-1, *A.in_shape).cpu(),
     )
+    return _enclosed(levels, A, sample, solved)
 
 
 def _applied_gram(A: LinearMap) -> Tensor:
@@ -262,15 +283,41 @@ def arithmetic_eps(A: LinearMap) -> float:
     return float(torch.finfo(stuck.dtype).eps)
 
 
-def widened(levels: Levels, A: LinearMap) -> Levels:
-    """Widen the intervals of an operator that could only be applied in float32."""
+def _sample(A: LinearMap, matrix: Tensor) -> tuple[float, int]:
+    """Measure the rounding in the dense matrix D of a function: the largest ‖Dx − Ax‖ over normal x.
+
+    That is ‖E‖_F on average, E the errors of D, and the error of Ax itself on top.
+
+    Returns:
+        The sample, and the matvecs it cost; zeros where the arithmetic can be seen.
+    """
+    double = A.to(dtype=torch.float64)
+    if is_single(double) or magnitude(double) is not None:
+        return 0.0, 0
+    x = Stream(0).normal(PROBES, matrix.shape[1]).to(double.dtype).to(matrix.device)
+    image = double.matvec(x.reshape(-1, *A.in_shape)).detach().reshape(PROBES, -1).to(matrix.dtype)
+    difference = torch.linalg.vector_norm(image - x.to(matrix.dtype) @ matrix.T, dim=1)
+    return float(difference.max()), PROBES
+
+
+def _enclosed(levels: Levels, A: LinearMap, sample: float, solved: Solved) -> Solved:
+    """Widen the intervals of an operator by the rounding of its own applications.
+
+    One stored operator: each entry came out of a few float64 sums whose terms the operator's norm bounds. A
+    composition: entry by entry, E ≤ γ·|A₁||A₂|…, γ = eps·Σ(length + 2) (``linear.magnitude``). A function: what it
+    shows (``_sample``), and its type's roundoff at least.
+    """
     if isinstance(A, MatrixMap) or not len(levels.values):
-        return levels
-    eps = arithmetic_eps(A)
-    if eps <= EPS:
-        # Each entry came out of a few float64 sums whose terms the operator's norm bounds.
-        extra = 16 * EPS * float(levels.values[0])
+        return solved
+    double = A.to(dtype=torch.float64)
+    bulk = None if is_single(double) else magnitude(double)
+    eps, first, accuracy = arithmetic_eps(A), float(levels.values[0]), None
+    if bulk is not None:
+        extra = EPS * (16 * first + bulk.total * bulk.norm())
     else:
-        total = math.sqrt(float((levels.values**2 * levels.count).sum()))
-        extra = 8 * eps * total
-    return Levels(levels.values, np.maximum(levels.lower - extra, 0.0), levels.upper + extra, levels.count)
+        total = math.sqrt(float((levels.values**2 * levels.count).sum())) if eps > EPS else 2.0 * first
+        extra = 8 * eps * total + SAFETY * sample
+        if not is_single(double):
+            accuracy = 16 * EPS * first + USUAL * sample / math.sqrt(2.0 * min(size(A)))
+    widened = Levels(levels.values, np.maximum(levels.lower - extra, 0.0), levels.upper + extra, levels.count)
+    return replace(solved, levels=widened, accuracy=accuracy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import singledispatch
 from math import gcd, prod
 
@@ -19,6 +20,7 @@ from spectool.linear import (
     Reshaped,
     Scaled,
     SeparableMap,
+    magnitude,
 )
 from spectool.spectrum.dense import Solved, affordable, dense, matrix_levels
 from spectool.spectrum.independent import solve_parts
@@ -76,7 +78,8 @@ def _diagonal(A: DiagonalMap, k: int) -> Solved | None:
     scale = A.scale.detach().double().abs().flatten().cpu().numpy()
     repeats = prod(A.in_shape) // max(1, scale.size)
     values, counts = np.unique(scale, return_counts=True)
-    levels = Levels.around(values, values * EPS, counts * repeats)
+    # A batch norm's scale was computed: var + eps, the root, its inverse and γ times it, each rounded by eps/2.
+    levels = Levels.around(values, values * (3 * EPS), counts * repeats)
     return Solved(levels, "exact:diagonal", "a diagonal operator: its entries")
 
 
@@ -182,8 +185,13 @@ def _dilated(weight: Tensor, axis: int, d: int) -> Tensor:
 # --- products -----------------------------------------------------------------------------------------------
 
 
-def _kronecker(channels: Levels, factors: list[Tensor], k: int) -> Solved:
-    pieces = [channels, *(matrix_levels(factor.cpu(), min(factor.shape)) for factor in factors)]
+def _kronecker(channels: Levels, factors: list[Tensor], k: int, errors: list[float] | None = None) -> Solved:
+    """Solve a product of one-dimensional operators, each known up to an error in norm."""
+    pieces = [channels]
+    for factor, error in zip(factors, errors or [0.0] * len(factors), strict=True):
+        levels = matrix_levels(factor.cpu(), min(factor.shape))
+        lower, upper = np.maximum(levels.lower - error, 0), levels.upper + error
+        pieces.append(Levels(levels.values, lower, upper, levels.count))
     return Solved(
         products(pieces, k), "exact:separable", f"a product of {len(factors)} one-dimensional operators"
     )
@@ -192,7 +200,8 @@ def _kronecker(channels: Levels, factors: list[Tensor], k: int) -> Solved:
 def _product_of_matrices(A: Composed) -> tuple[Tensor, float] | None:
     """Multiply a chain of matrices and diagonals of vectors in float64; None if it is something else or large.
 
-    The second value bounds the rounding of the product in norm: eps·Σ(inner sizes + 2)·Π‖A_i‖_F.
+    The second value bounds the rounding of the product in norm: eps·Σ(inner sizes + 2)·Π‖A_i‖_F, or the same with
+    the norm of |A₁||A₂|… where that is smaller.
     """
     if any(not isinstance(part, (MatrixMap, DiagonalMap)) or len(part.in_shape) != 1 for part in A.maps):
         return None
@@ -211,6 +220,9 @@ def _product_of_matrices(A: Composed) -> tuple[Tensor, float] | None:
         inner += prod(part.in_shape) + 2
     if product is None:
         return None
+    bulk = magnitude(A)
+    if bulk is not None:  # entry by entry, which knows scales that undo each other
+        return product, EPS * min(inner * norms, bulk.total * bulk.norm())
     return product, EPS * inner * norms
 
 
@@ -233,12 +245,19 @@ def _chain_of_products(A: Composed, k: int) -> Solved | None:
     """Solve a chain of separable maps and per-channel scales: the factors multiply axis by axis."""
     scale: Tensor | None = None
     factors: list[Tensor] | None = None
+    bulks: list[Tensor] = []
+    lengths = 0
     for part in A.maps:
         if isinstance(part, SeparableMap):
             own = [factor.detach().double() for factor in part.factors]
             if factors is not None and len(factors) != len(own):
                 return None
-            factors = own if factors is None else [a @ b for a, b in zip(factors, own, strict=True)]
+            if factors is None:
+                factors, bulks = own, [factor.abs() for factor in own]
+                continue
+            lengths += max(factor.shape[0] for factor in own) + 2
+            factors = [a @ b for a, b in zip(factors, own, strict=True)]
+            bulks = [a @ b.abs() for a, b in zip(bulks, own, strict=True)]
         elif isinstance(part, DiagonalMap) and part.scale.ndim == 1 and part.axis == 0:
             own_scale = part.scale.detach().double().cpu()
             scale = own_scale if scale is None else scale * own_scale
@@ -247,7 +266,11 @@ def _chain_of_products(A: Composed, k: int) -> Solved | None:
     if factors is None:
         return None
     channels = A.in_shape[0]
+    # Entry by entry a product of factors is wrong by at most γ·|A₁||A₂|…, whose norm its row and column sums bound.
+    errors = [
+        EPS * lengths * math.sqrt(float(bulk.sum(dim=0).max() * bulk.sum(dim=1).max())) for bulk in bulks
+    ]
     if scale is None:
-        return _kronecker(Levels.around(np.ones(1), 0.0, channels), factors, k)
+        return _kronecker(Levels.around(np.ones(1), 0.0, channels), factors, k, errors)
     values, counts = np.unique(scale.abs().numpy(), return_counts=True)
-    return _kronecker(Levels.around(values, values * (2 * EPS * len(A.maps)), counts), factors, k)
+    return _kronecker(Levels.around(values, values * (2 * EPS * len(A.maps)), counts), factors, k, errors)

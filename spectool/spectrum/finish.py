@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,12 +11,20 @@ import torch
 from spectool.spectrum.estimate import Estimate
 from spectool.spectrum.gram import wide
 from spectool.spectrum.hochstenbach import FAILURE
-from spectool.spectrum.polish import polish
+from spectool.spectrum.polish import PROMISE, polish
+from spectool.spectrum.rounding import noise, reserve
 from spectool.spectrum.starts import generator
 from spectool.spectrum.verify import verify
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.polish import Pairs
+
+SHARPENINGS = 10
+"""Times that residuals are added to the span."""
+
+EQUAL = 1e-9
+"""Relative distance within which iterated values count as equal; the polish leaves errors of about 4e-10."""
 
 
 def finish(
@@ -24,11 +34,16 @@ def finish(
     tol: float,
     *,
     tau: float,
+    sure: float,
     ceiling: float,
     converged: bool,
     note: str,
+    most: int = 0,
 ) -> Estimate:
     """Polish ``vectors`` and return the estimate they give. Costs 2 matvecs per vector.
+
+    Where something next to the k-th value may be mixed into the vectors, their residuals are added to the span, up to
+    ten times, as long as ``most`` allows.
 
     Args:
         gram: The scaled operator.
@@ -36,22 +51,42 @@ def finish(
         k: How many pairs to report.
         tol: Bound on the explicit residuals for ``converged``.
         tau: Bound on the norm on the complement of ``vectors``, in scaled units.
+        sure: The same, wrong with probability 1e-2: decides whether the values are as accurate as is promised.
         ceiling: Bound on the norm of the whole operator, in scaled units.
         converged: What the solver and its verification say.
         note: Anything worth saying in words.
+        most: Cap on the applications of the operator, those before included.
     """
     pairs = polish(gram.double(), vectors)
+    wanted = max(PROMISE, 0.1 * tol)
+    accurate = _accurate(pairs, k, sure, wanted)
+    for _ in range(SHARPENINGS):
+        room = 8 * len(vectors) + 2 * reserve(gram) <= most - gram.applications
+        if accurate or not converged or not room:
+            break
+        pairs, leak = _sharpened(gram.double(), pairs)
+        tau, sure = math.sqrt(tau**2 + leak), math.sqrt(sure**2 + leak)
+        accurate = _accurate(pairs, k, sure, wanted)
     unit, first = gram.unit, float(pairs.values[0])
     lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
-    residuals = torch.maximum(lengths, pairs.defect)[:k] / first
+    residuals = torch.maximum(lengths, pairs.defect)[:k] / first if first else torch.zeros(k)
     values = pairs.values[:k]
-    # Ritz values are accurate to about the square of the residual: equal to that accuracy is equal.
-    near = max(1e-9 * first, 4.0 * first * float(residuals.max()) ** 2, 2.0 * pairs.rounding)
+    # Ritz values are accurate to about the square of the residual. Where that does not tell values 1e-9 apart, σ₁
+    # alone is sure.
+    near = EQUAL * first
+    blurred = max(4.0 * first * float(residuals.max()) ** 2, 2.0 * pairs.accuracy) > near
     right = pairs.right[:k].cpu().reshape(-1, *gram.map.in_shape)
     left = pairs.left[:k].cpu().reshape(-1, *gram.map.out_shape)
-    missed = (
-        "" if bool((residuals <= tol).all()) else f"residual {float(residuals.max()):.1e} after the polish"
-    )
+    missed = ""
+    if not bool((residuals <= tol).all()):
+        missed = f"residual {float(residuals.max()):.1e} after the polish"
+    elif pairs.accuracy > PROMISE * first:
+        missed = f"rounding within the operator, about {pairs.accuracy / first:.1e} of σ₁"
+    elif converged and not accurate:
+        missed = f"residual {float(residuals.max()):.1e}, too large for values that are this close"
+    # What the vectors show of a function's rounding, in the type the verification may have had.
+    coarse = torch.finfo(gram.dtype).eps / torch.finfo(gram.double().dtype).eps
+    extra = 2.0 * pairs.noise * coarse * first
     return Estimate(
         left=right if gram.flipped else left,
         values=(values * unit).cpu(),
@@ -59,14 +94,67 @@ def finish(
         residuals=residuals.cpu(),
         converged=converged and not missed,
         matvecs=gram.applications,
-        tau=tau * unit,
+        tau=math.sqrt(tau**2 + extra) * unit,
         note=note or (missed and f"not converged: {missed}"),
         rounding=pairs.rounding * unit,
-        multiplicity=int((values >= first - near).sum()),
+        multiplicity=1 if blurred else int((values >= first - near).sum()),
         ritz=(pairs.values * unit).cpu(),
         coupling=(pairs.remainder @ pairs.remainder.T).cpu() * unit**2,
-        ceiling=ceiling * unit,
+        ceiling=math.sqrt(ceiling**2 + extra) * unit,
     )
+
+
+def _first(pairs: Pairs, count: int) -> Pairs:
+    names = ("values", "right", "left", "remainder", "defect")
+    return replace(pairs, **{name: getattr(pairs, name)[:count] for name in names})
+
+
+def _sharpened(gram: Gram, pairs: Pairs) -> tuple[Pairs, float]:
+    """Let the residuals join the span, and keep as many of the largest pairs as there were: two steps of block Lanczos.
+
+    Residuals that come from far away shrink by it. What comes from a value next to the wanted ones stays, and shows.
+
+    Returns:
+        The new pairs, and by how much the square of a bound on the old complement W grows for the new one. A unit
+        vector of that is v + w, v in the old span V and w in W. ‖f·M·v‖ ≤ a = ‖S·O‖, O being what the old vectors
+        have outside the new span; f·M·v and f·M·w have an inner product of at most a·‖R‖, R being what couples V and
+        W. So the square grows by a² + 2a‖R‖ at most.
+    """
+    count, first = len(pairs.values), float(pairs.values[0])
+    lengths = torch.linalg.vector_norm(pairs.remainder, dim=1)
+    rows = pairs.remainder[lengths > 1e-14 * first]
+    if not len(rows):
+        return pairs, 0.0
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    more = wide(gram(gram.take(rows)))
+    more = more / torch.linalg.vector_norm(more, dim=1, keepdim=True).clamp_min(1e-300)
+    found = polish(gram, torch.cat([pairs.right, rows, more])[: gram.size])
+    kept = _first(found, count)
+    outside = pairs.right - (pairs.right @ kept.right.T) @ kept.right
+    turned = float(torch.linalg.matrix_norm(pairs.values[:, None] * outside, 2))
+    coupling = float(torch.linalg.matrix_norm(pairs.remainder, 2))
+    return kept, turned**2 + 2.0 * turned * coupling + 16.0 * torch.finfo(torch.float64).eps * first**2
+
+
+def _accurate(pairs: Pairs, k: int, sure: float, wanted: float) -> bool:
+    """Return whether no singular value is above its estimate by more than ``wanted``·σ₁, given ``sure``.
+
+    Vectors with small residuals may still be mixtures: of two values 1e-5 apart, one of them outside, each estimate is
+    off by up to that. The argument is that of ``probabilistic.enclose``; residuals below ``wanted`` are good in any
+    case: a mixture of two values is off by no more than its residual.
+    """
+    if float(torch.linalg.matrix_norm(pairs.remainder[:k], 2)) <= wanted * float(pairs.values[0]):
+        return True
+    squares, coupling = pairs.values.square(), pairs.remainder @ pairs.remainder.T
+    error = wanted * float(pairs.values[0]) - pairs.accuracy
+    for index in range(min(k, len(squares))):
+        x = max(float(pairs.values[index]) + error, 0.0) ** 2
+        if x <= sure**2:
+            return False
+        schur = torch.diag(squares) + coupling * (x / (x - sure**2))
+        if float(torch.linalg.eigvalsh(schur)[-1 - index]) > x:
+            return False
+    return True
 
 
 def conclude(
@@ -99,7 +187,7 @@ def conclude(
         float(values[0]),
         float(values[k - 1]),
         lambda suffix: generator(digest, seed, f"verify{suffix}"),
-        pairs=max(8, min(200, pairs - gram.applications // 2 - k)),
+        pairs=max(8, min(200, pairs - gram.applications // 2 - k - reserve(gram))),
         tight=True,
         tol=tol,
         failure=FAILURE,
@@ -117,16 +205,18 @@ def conclude(
         k,
         tol,
         tau=verdict.tau,
+        sure=verdict.sure,
         ceiling=float("inf"),
         converged=not note,
         note=note,
+        most=2 * pairs,
     )
 
 
 def exhaust(gram: Gram, k: int, tol: float) -> Estimate:
     """Return the estimate of a small operator from all of its space. Costs 2·min(m, n) matvecs."""
     basis = torch.eye(gram.size, dtype=torch.float64)
-    return finish(gram, basis, k, tol, tau=0.0, ceiling=float("inf"), converged=True, note="")
+    return finish(gram, basis, k, tol, tau=0.0, sure=0.0, ceiling=float("inf"), converged=True, note="")
 
 
 def zero_estimate(gram: Gram, k: int) -> Estimate:
@@ -137,17 +227,21 @@ def zero_estimate(gram: Gram, k: int) -> Estimate:
         for shape in (reversed(spaces) if gram.flipped else spaces)
     )
     zeros = torch.zeros(k, dtype=torch.float64)
+    # A composition may have lost everything to rounding: what bounds that bounds the operator.
+    hidden = noise(gram) * gram.unit
     return Estimate(
         left=left,
         values=zeros,
         right=right,
         residuals=zeros.clone(),
-        converged=True,
+        converged=hidden == 0.0,
         matvecs=gram.applications,
         tau=0.0,
-        note="zero operator: a random vector is mapped to zero",
-        rounding=0.0,
-        multiplicity=k,
+        note="not converged: rounding within the operator leaves nothing of it"
+        if hidden
+        else "zero operator: a random vector is mapped to zero",
+        rounding=hidden,
+        multiplicity=1 if hidden else k,
         ritz=zeros.clone(),
         coupling=torch.zeros(k, k, dtype=torch.float64),
         ceiling=0.0,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear import adjoint, normal_matvec, prescale
+from spectool.linear import adjoint, is_single, largest, normal_matvec, prescale
+from spectool.spectrum.arguments import weights
+from spectool.spectrum.starts import Stream
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 _FAR = 80
 """Binary orders of magnitude up to which a factor on the vectors is enough."""
+
+_BALANCED = 20
+"""Binary orders of magnitude up to which the largest entry of a factor of a composition is left alone."""
 
 _LIMIT = 120
 """Largest binary order of magnitude of f: float32 ends at 127."""
@@ -56,6 +61,7 @@ class Gram:
         factor: f.
         base: Power of two taken out of the weights themselves; 1 unless they are of extreme size.
         applications: Single-vector applications of M plus of Mᵀ so far; shared by ``double``.
+        noise: Rounding that ``rounding.noise`` has found; None before that.
     """
 
     def __init__(self, A: LinearMap) -> None:
@@ -64,6 +70,8 @@ class Gram:
         self.map: LinearMap = adjoint(A) if self.flipped else A
         self.size = min(wide, tall)
         self.factor, self.base = 1.0, 1.0
+        self.noise: float | None = None
+        self._source: Stream | None = None
         self._spent = [0]
         self._double: Gram | None = None
 
@@ -94,6 +102,7 @@ class Gram:
         if self._double is None:
             device = torch.device("cpu") if self.device.type == "mps" else self.device
             other = copy(self)
+            other.noise = None
             other.map = self.map.to(dtype=torch.float64, device=device)
             # Where the map stays as it is, what was built for it stays too.
             self._double = self if other.map is self.map else other
@@ -108,32 +117,64 @@ class Gram:
             else x.to(device=self.device, dtype=self.dtype)
         )
 
-    def random(self, rows: int, source: torch.Generator) -> torch.Tensor:
+    def random(self, rows: int, source: Stream) -> torch.Tensor:
         """Return ``(rows, size)`` independent standard normal numbers, generated in float64 on the CPU."""
-        return self.take(torch.randn(rows, self.size, dtype=torch.float64, generator=source))
+        return self.take(source.normal(rows, self.size))
 
-    def prescale(self, source: torch.Generator) -> bool:
+    def draw(self, rows: int, size: int) -> torch.Tensor:
+        """Return standard normal numbers in float64 on the CPU from the source that ``prescale`` was given."""
+        self._source = self._source or Stream(0)
+        return self._source.normal(rows, size)
+
+    def prescale(self, source: Stream) -> bool:
         """Set f so that ‖f·M·x‖ ≈ ‖x‖ for a random x; False if M maps that to zero.
 
         ‖Mx‖/‖x‖ is about ‖M‖_F/√size, at most ‖M‖. Costs 1 matvec; 2 where the weights are so large or small that
-        they have to be rescaled themselves, because float32 would lose digits of their products.
+        they have to be rescaled themselves, because float32 would lose digits of their products. Where float32 shows
+        nothing, or no number, float64 is tried.
 
         Raises:
             OperatorError: If the image is NaN or infinite.
         """
+        self._source = source
         probe = self.random(1, source)
-        gain = self._gain(probe)
-        if not 2.0**-_FAR < gain < 2.0**_FAR:
-            inner, self.base = prescale(self.map)
-            if self.base != 1.0:
-                self.map = inner
-                gain = self._gain(probe)
+        gain = self._moderated(probe)
+        if not 2.0**-_FAR < gain < 2.0**_FAR and self.widen():
+            gain = self._moderated(probe)
         if not math.isfinite(gain):
-            raise OperatorError("the operator gives NaN or infinite values", hint="look at its weights")
+            raise OperatorError(
+                f"the operator gives NaN or infinite values in {str(self.dtype).removeprefix('torch.')}",
+                hint="look at its weights; scale them, or compute in float64",
+            )
         if gain == 0.0:
             return False
         self.factor = 2.0 ** max(-_LIMIT, min(_LIMIT, -round(math.log2(gain))))
         return True
+
+    def widen(self) -> bool:
+        """Do everything in float64 from here on; False where the map computes in float64 already, or cannot."""
+        other = self.double()
+        if other is self:
+            return False
+        self.map, self.noise, self._double = other.map, None, self
+        return True
+
+    def _moderated(self, probe: torch.Tensor) -> float:
+        """Return ‖Mx‖/‖x‖, the weights rescaled if that is far from 1."""
+        gain = self._gain(probe)
+        if not 2.0**-_FAR < gain < 2.0**_FAR or self._is_ill_balanced():
+            inner, base = prescale(self.map)
+            if base not in (0.0, 1.0):
+                self.map, self.base = inner, self.base * base
+                gain = self._gain(probe)
+        return gain
+
+    def _is_ill_balanced(self) -> bool:
+        """Whether the factors of a composition are so large and small that float32 would underflow between them."""
+        if is_single(self.map):
+            return False
+        peaks = [largest(weight) for weight in weights(self.map)]
+        return any(peak and not 2.0**-_BALANCED < peak < 2.0**_BALANCED for peak in peaks)
 
     def _gain(self, probe: torch.Tensor) -> float:
         image = wide(self.forward(probe))
@@ -143,6 +184,10 @@ class Gram:
         return largest * float(
             torch.linalg.vector_norm(image / largest) / torch.linalg.vector_norm(wide(probe))
         )
+
+    def spend(self, matvecs: int) -> None:
+        """Count applications that were made elsewhere."""
+        self._spent[0] += matvecs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply f·M to rows ``(b, size)``; returns ``(b, other size)``. The factor goes first: no overflow."""

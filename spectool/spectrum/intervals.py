@@ -14,6 +14,7 @@ from spectool.spectrum import probabilistic
 from spectool.spectrum.bounds import cost, deterministic
 from spectool.spectrum.dense import Solved, on_host
 from spectool.spectrum.levels import Floats, Levels
+from spectool.spectrum.polish import PROMISE
 from spectool.spectrum.types import Spectrum, UpperKind
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
             "the solver broke down: the operator's values overflow",
             hint="scale the weights, or compute in float64",
         )
+    closed = fro is not None
     listed = int(solved.levels.count.sum())
     if fro is None and solved.exact and listed >= min(size(A)):
         fro = sqrt(float((solved.levels.values**2 * solved.levels.count).sum()))
@@ -131,6 +133,12 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
     upper = np.maximum(upper, lower)
     values = np.clip(values, lower, upper)
     multiplicity = solved.multiplicity or solved.levels.multiplicity()
+    converged, own_note = solved.converged, solved.note
+    if solved.exact and upper[0] > 0.0:
+        accuracy = solved.accuracy if solved.accuracy is not None else float((upper - lower).max()) / 2
+        if not accuracy <= PROMISE * max(values[0], 0.5 * upper[0]):
+            converged, fro = False, fro if closed else None
+            own_note = _join(own_note, f"not converged: rounding leaves {accuracy / upper[0]:.1e} of σ₁ open")
     if upper[0] == 0.0:
         note, multiplicity = _join(note, "zero operator"), min(size(A))
     return Spectrum(
@@ -140,13 +148,13 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
         upper_kind=solved.kind,
         residuals=solved.residuals,
         multiplicity=min(multiplicity, min(size(A))),
-        multiplicity_exact=solved.exact,
-        converged=solved.converged,
+        multiplicity_exact=solved.exact and (solved.levels.resolved() or upper[0] == 0.0),
+        converged=converged,
         matvecs=solved.matvecs,
         method=solved.method,
         seed=seed,
         why=solved.why,
-        note=_join(note, solved.note),
+        note=_join(note, own_note),
         fro=fro,
         left=solved.left,
         right=solved.right,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.starts import Stream
 
 _CHUNK = 1 << 15
 """Columns rotated at a time at a restart: bounds the copy of the basis that a rotation needs."""
@@ -44,7 +45,7 @@ class Krylov:
         known: torch.Tensor,
         capacity: int,
         block: int,
-        source: torch.Generator,
+        source: Stream,
         *,
         start: torch.Tensor | None = None,
     ) -> None:

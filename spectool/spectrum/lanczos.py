@@ -14,8 +14,9 @@ from spectool.progress import Progress, silent
 from spectool.spectrum.finish import exhaust, finish, zero_estimate
 from spectool.spectrum.gram import Gram, wide
 from spectool.spectrum.hochstenbach import FAILURE
+from spectool.spectrum.rounding import begin, reserve
 from spectool.spectrum.search import SPARE, Aim, Search, search
-from spectool.spectrum.starts import fingerprint, generator
+from spectool.spectrum.starts import Stream, fingerprint, generator
 from spectool.spectrum.verify import MARGIN, Verdict, verify
 
 if TYPE_CHECKING:
@@ -27,12 +28,19 @@ if TYPE_CHECKING:
 ROUNDS = 16
 """Most rounds of search and verification."""
 
+FLOAT32_ROUNDS = 3
+"""Rounds after which float64 goes on: the errors of float32's values, 1e-7, can be what the verification sees. A
+cluster 1e-7 wide took eleven rounds without an end."""
+
 COPIES = 4
 """Rows per block of the rounds after the first where few distinct values have many copies each, of which a single
 vector finds one a round. Else a single vector takes half the applications of such a block, because what was missed
 is often one copy, and mostly far fewer than k. The first round is single-vector everywhere: even on a 4096 × 4096
 matrix, where a block of 4 reads the weight half as often, it took the same time, twice the applications, and its
 coefficients certify nothing."""
+
+PATIENCE = 800
+"""Most pairs of a verification that is to see what was missed: a cluster 1e-7 wide at σ_k takes up to 500."""
 
 CLOSING = 48
 """Pairs set aside for a verification."""
@@ -69,7 +77,8 @@ def lanczos(
         A: The operator.
         k: How many, with multiplicity; clamped to min(m, n).
         tol: Bound on ‖r‖/σ₁ of every pair for ``converged``.
-        max_matvecs: Most applications of A plus of Aᵀ; default 2·(200 + 100k). At least about 4k + 20 are spent.
+        max_matvecs: Most applications of A plus of Aᵀ; default 2·(200 + 100k). At least about 4k + 20 are spent,
+            for a function 24 more.
         seed: Enters the start vectors beside the operator itself.
         progress: Told about every convergence test.
         excess: Iterate on until the upper bound of σ₁ is within this of it, relatively. Costs nothing from about
@@ -99,16 +108,16 @@ class _Run:
         self.pairs = (max_matvecs if max_matvecs is not None else 2 * (200 + 100 * k)) // 2
         self.digest = fingerprint(A)
 
-    def source(self, purpose: str) -> torch.Generator:
+    def source(self, purpose: str) -> Stream:
         return generator(self.digest, self.seed, purpose)
 
     def left(self) -> int:
         """Pairs that may still be spent, the polish set aside."""
-        return self.pairs - self.gram.applications // 2 - self.k
+        return self.pairs - self.gram.applications // 2 - self.k - reserve(self.gram)
 
     def estimate(self) -> Estimate:
         gram, k = self.gram, self.k
-        if not gram.prescale(self.source("scale")):
+        if not begin(gram, self.source("scale")):
             return zero_estimate(gram, k)
         if gram.size <= max(2 * k, 32):
             return exhaust(gram, k, self.tol)
@@ -118,13 +127,16 @@ class _Run:
         ceiling, converged, verdict = math.inf, False, Verdict(math.inf, False, False, False)
         for number in range(ROUNDS):
             few |= verdict.few
+            if number >= FLOAT32_ROUNDS and self.gram.double() is not self.gram:
+                values, vectors = self._refined(vectors)
             block = min(k, COPIES) if few else 1
             found = self._search(vectors, values, number, block)
             ceiling, converged = min(ceiling, found.ceiling), found.converged
             values, vectors, spare = _merge(self.gram, values, vectors, found, k)
-            if k == 1 and ceiling <= MARGIN**2 * values[0]:
-                # Nothing larger can have been missed, and copies do not matter.
-                verdict = Verdict(math.sqrt(ceiling), False, True, True)
+            if k == 1 and found.clear and ceiling <= MARGIN**2 * values[0]:
+                # Nothing larger can have been missed, and copies do not matter. The ceiling alone would not do: of two
+                # values 1e-5 apart the smaller can meet the tolerance first.
+                verdict = Verdict(math.sqrt(ceiling), False, True, True, sure=0.0)
                 spare = spare[:0]
                 break
             verdict = self._verify(
@@ -138,9 +150,11 @@ class _Run:
             k,
             self.tol,
             tau=verdict.tau,
+            sure=verdict.sure,
             ceiling=math.sqrt(ceiling),
             converged=converged and verdict.proven and verdict.complete,
             note=_note(found, verdict, self.tol),
+            most=2 * self.pairs,
         )
 
     def _search(self, known: torch.Tensor, values: NDArray[np.float64], number: int, block: int) -> Search:
@@ -173,6 +187,15 @@ class _Run:
         # On a complement the coefficients bound the complement only.
         return replace(found, ceiling=math.inf) if number else found
 
+    def _refined(self, vectors: torch.Tensor) -> tuple[NDArray[np.float64], torch.Tensor]:
+        """Go over to float64, and return the eigenvalues and vectors of the same span in it. Costs a matvec a row."""
+        self.gram = self.gram.double()
+        rows = torch.linalg.qr(wide(vectors).T).Q.T
+        _, values, turn = torch.linalg.svd(
+            wide(self.gram.forward(self.gram.take(rows))).T, full_matrices=False
+        )
+        return values.square().cpu().numpy(), self.gram.take(turn @ rows)
+
     def _aim(self, excess: float, safety: float) -> Aim:
         closing = max(8, min(CLOSING, self.pairs // 4))
         return Aim(self.k, safety * self.tol, max(self.left() - closing, self.k + 2), excess)
@@ -194,7 +217,7 @@ class _Run:
             float(values[0]),
             float(values[self.k - 1]),
             lambda suffix: self.source(f"verify {number}{suffix}"),
-            pairs=max(8, min(400 if complete else 200, self.left())),
+            pairs=max(8, min(PATIENCE if complete else 200, self.left() - (len(vectors) - self.k))),
             tight=tight,
             tol=self.tol,
             failure=0.7 * FAILURE / 4.0**number,

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 EPS = float(np.finfo(np.float64).eps)
 
+TINY = float(np.finfo(np.float64).smallest_subnormal)
+
 EQUAL = 1e-10
 """Relative distance below which two exactly computed singular values count as equal."""
 
@@ -65,10 +67,24 @@ class Levels:
         return Levels(self.values[:enough], self.lower[:enough], self.upper[:enough], self.count[:enough])
 
     def multiplicity(self) -> int:
-        """Return how many of the listed values equal the largest."""
+        """Return how many of the listed values equal the largest as far as float64 can tell.
+
+        Values within 1e-10 count, unless their intervals prove them smaller. Where intervals are too wide to tell,
+        only the repeats of the largest itself count.
+        """
         if not len(self.values):
             return 0
-        return int(self.count[self.values >= self.values[0] * (1 - EQUAL)].sum())
+        if not self.resolved():
+            return int(self.count[self.values.argmax()])
+        equal = (self.values >= self.values[0] * (1 - EQUAL)) & (self.upper >= self.lower.max())
+        return int(self.count[equal].sum())
+
+    def resolved(self) -> bool:
+        """Return whether the largest value is known well enough to say which others equal it."""
+        if not len(self.values):
+            return True
+        top = int(self.values.argmax())
+        return bool(self.upper[top] - self.lower[top] <= 2 * EQUAL * self.values[top])
 
     def kth_lower(self, k: int) -> float:
         """Return a lower bound on the k-th largest singular value; 0 if fewer are listed."""
@@ -128,6 +144,8 @@ def products(factors: Sequence[Levels], k: int) -> Levels:
         values = outer("values")
         order = np.argsort(-values, kind="stable")
         upper, lower = outer("upper")[order] * (1 + 2 * EPS), outer("lower")[order] * (1 - 2 * EPS)
+        positive = np.outer(result.upper > 0, factor.upper > 0).reshape(-1)[order]
+        upper, lower = upper + positive * TINY, np.maximum(lower - TINY, 0.0)  # products may underflow
         count = np.outer(result.count, factor.count).reshape(-1)[order]
         result = keep(Levels(values[order], lower, upper, count), k)
     return result

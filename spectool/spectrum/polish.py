@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spectool.spectrum.gram import wide
+from spectool.spectrum.rounding import SAFETY, USUAL, is_hidden, noise, rounding_unit, sample_span
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
@@ -29,6 +30,8 @@ class Pairs:
         remainder: R = left·f·M − values·right ``(p, size)``, computed explicitly.
         defect: ‖f·M·right − values·left‖ per row ``(p,)``, computed explicitly (rounding only).
         rounding: Bound on the rounding error of ``values``, ``remainder`` and ``defect``.
+        accuracy: What is to be expected of that error; the bound itself where the arithmetic can be seen.
+        noise: Part of ``rounding`` that a function's own arithmetic caused; 0 where that can be seen.
     """
 
     values: torch.Tensor
@@ -37,28 +40,15 @@ class Pairs:
     remainder: torch.Tensor
     defect: torch.Tensor
     rounding: float
-
-
-def rounding_unit(gram: Gram) -> float:
-    """Return the relative rounding error of one application of M, in units of ‖M‖.
-
-    An entry of M·x is a sum of at most L = max(m, n) products. Rounding errors of mean zero move it by at most
-    λ·u·sqrt(L)·(Σ m²x²)^½ with probability ≥ 1 − 2·exp(−λ²/2) (u the unit roundoff of the type the map really
-    computes in); summed over the entries that is λ·u·sqrt(L) times the largest column norm of M, at most ‖M‖.
-    λ = 8 makes the failure probability 3e-14. Fused or blocked sums only do better.
-
-    **Source:** N. J. Higham and T. Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci.
-    Comput. 41 (2019), theorem 2.4.
-    """
-    length = max(math.prod(gram.map.in_shape), math.prod(gram.map.out_shape))
-    return 4.0 * torch.finfo(gram.dtype).eps * math.sqrt(length)
+    accuracy: float
+    noise: float
 
 
 def polish(gram: Gram, vectors: torch.Tensor) -> Pairs:
     """Rotate ``vectors`` into singular vectors of M restricted to their span, and measure what is missing.
 
-    Costs 2p matvecs in float64 (in the map's own type where it cannot change). Adds no direction: the span, and
-    so any bound on its complement, stays.
+    Costs 2p matvecs in float64 (in the map's own type where it cannot change), for a function 8 more. Adds no
+    direction: the span, and so any bound on its complement, stays.
 
     Args:
         gram: The operator in its highest precision (``Gram.double``).
@@ -73,9 +63,20 @@ def polish(gram: Gram, vectors: torch.Tensor) -> Pairs:
     u, values, wt = torch.linalg.svd(r)
     left = (q @ u[:, : len(values)]).T
     right = (basis @ wt.T).T
-    remainder = wide(gram.backward(left)) - values[:, None] * right
+    back = wide(gram.backward(left))
+    remainder = back - values[:, None] * right
     defect = torch.linalg.vector_norm(wt @ image - values[:, None] * left, dim=1)
     scale = float(values[0]) if len(values) else 0.0
     # One application for the image, one for the remainder, and O(p) rotations in float64.
-    slack = rounding_unit(gram) + 16.0 * len(values) * torch.finfo(torch.float64).eps
-    return Pairs(values, right, left, remainder, defect, slack * scale)
+    own = 16.0 * len(values) * torch.finfo(torch.float64).eps * scale
+    if is_hidden(gram):
+        sample = max(
+            sample_span(gram, basis.T, image, gram.forward), sample_span(gram, left, back, gram.backward)
+        )
+        seen = SAFETY * sample
+        # A sample holds the errors of p vectors and of a mixture as long as all of them.
+        accuracy = own + USUAL * sample / math.sqrt(2.0 * len(values))
+        rounding = rounding_unit(gram) * scale + own + seen
+        return Pairs(values, right, left, remainder, defect, rounding, accuracy, seen)
+    rounding = rounding_unit(gram) * scale + own + noise(gram)
+    return Pairs(values, right, left, remainder, defect, rounding, rounding, 0.0)

@@ -15,11 +15,14 @@ from spectool.linear import exact_arithmetic
 from spectool.progress import Progress, Step, silent
 from spectool.spectrum.finish import conclude, exhaust, zero_estimate
 from spectool.spectrum.gram import Gram, inner, length, wide
+from spectool.spectrum.rounding import begin, reserve
 from spectool.spectrum.starts import fingerprint, generator
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
     from spectool.spectrum.estimate import Estimate
+    from spectool.spectrum.rounding import begin, reserve
+from spectool.spectrum.starts import Stream
 
 SHIFT = 1e-6
 """μ of PowerQR in units of σ₁². It keeps R regular and only slows the iteration down; the paper's μ = 1 in absolute
@@ -61,7 +64,7 @@ def power(
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2
         digest = fingerprint(A)
-        if not gram.prescale(generator(digest, seed, "scale")):
+        if not begin(gram, generator(digest, seed, "scale")):
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
@@ -69,7 +72,7 @@ def power(
         vectors = torch.empty(0, gram.size, dtype=gram.dtype, device=gram.device)
         largest, worst = 0.0, 0.0
         for index in range(k):
-            left = pairs - gram.applications // 2 - _closing(pairs, k)
+            left = pairs - gram.applications // 2 - _closing(pairs, k, gram)
             share = max(1, left // (k - index))
             gram, row, value, residual = _one(gram, vectors, largest, tol, share, source, progress)
             vectors = torch.cat([gram.take(vectors), row])
@@ -116,7 +119,7 @@ def powerqr(
         k = min(k, gram.size)
         pairs = (max_matvecs if max_matvecs is not None else 2 * (2000 + 1000 * k)) // 2
         digest = fingerprint(A)
-        if not gram.prescale(generator(digest, seed, "scale")):
+        if not begin(gram, generator(digest, seed, "scale")):
             return zero_estimate(gram, k)
         if gram.size <= 2 * k:
             return exhaust(gram, k, tol)
@@ -124,7 +127,7 @@ def powerqr(
         x, largest, worst, count = torch.linalg.qr(x.T).Q.T, 0.0, math.inf, 0
         while worst > 0.9 * tol:
             # Invariant: x has orthonormal rows; worst is their largest relative residual one step earlier.
-            left = pairs - gram.applications // 2 - _closing(pairs, k)
+            left = pairs - gram.applications // 2 - _closing(pairs, k, gram)
             if left < k or (iterations is not None and count == iterations):
                 break
             image = gram(x)
@@ -172,7 +175,7 @@ def _one(
     largest: float,
     tol: float,
     pairs: int,
-    source: torch.Generator,
+    source: Stream,
     progress: Progress,
 ) -> tuple[Gram, torch.Tensor, float, float]:
     """Iterate one vector on the complement of ``vectors``.
@@ -231,6 +234,6 @@ def _exhausted(gram: Gram, residual: float, first: float, value: float, tol: flo
     return reach > 0.5 * tol and residual <= 16.0 * reach and gram.double() is not gram
 
 
-def _closing(pairs: int, k: int) -> int:
+def _closing(pairs: int, k: int, gram: Gram) -> int:
     """Pairs set aside for the verification and the polish."""
-    return k + min(CLOSING, pairs // 4)
+    return k + min(CLOSING, pairs // 4) + reserve(gram)

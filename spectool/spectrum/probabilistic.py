@@ -11,7 +11,7 @@ from spectool.linear import exact_arithmetic
 from spectool.progress import Progress, Step, silent
 from spectool.spectrum.gram import Gram
 from spectool.spectrum.hochstenbach import FAILURE
-from spectool.spectrum.polish import rounding_unit
+from spectool.spectrum.rounding import application_error, begin, noise
 from spectool.spectrum.starts import fingerprint, generator
 from spectool.spectrum.verify import bounded_run
 
@@ -97,8 +97,8 @@ def upper(
     with exact_arithmetic(), torch.no_grad():
         gram = Gram(A)
         digest = fingerprint(A)
-        if not gram.prescale(generator(digest, seed, "scale")):
-            return 0.0, gram.applications
+        if not begin(gram, generator(digest, seed, "scale")):
+            return noise(gram) * gram.unit, gram.applications
         pairs = max(1, (max_matvecs - gram.applications) // 2)
         goal = 0.0 if guess is None else ((1.0 + excess) * guess / gram.unit) ** 2
         nothing = torch.empty(0, gram.size, dtype=gram.dtype)
@@ -110,6 +110,7 @@ def upper(
             goals=((goal, pairs),),
             failure=failure,
         )
-        bound = math.sqrt(check.bound * (1.0 + 2.0 * rounding_unit(gram))) * gram.unit
+        norm = math.sqrt(check.bound)
+        bound = math.sqrt(check.bound + 2.0 * application_error(gram, norm) * norm) * gram.unit
     progress(Step("upper bound", matvecs=gram.applications))
     return bound, gram.applications

@@ -12,12 +12,15 @@ import torch
 from spectool.progress import Progress, Step
 from spectool.spectrum.hochstenbach import FAILURE, log_inverse_delta
 from spectool.spectrum.krylov import Krylov
-from spectool.spectrum.polish import PROMISE, rounding_unit
+from spectool.spectrum.polish import PROMISE
+from spectool.spectrum.rounding import application_error
+from spectool.spectrum.verify import CLOSE, FINE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.starts import Stream
 
 BASIS = 24
 """Fewest rows of the basis. Thick restarts make the count of pairs nearly independent of it (20…400 rows: within
@@ -28,6 +31,17 @@ BASIS_MOST = 160
 
 SPARE = 4
 """Most Ritz vectors beyond the k-th that a search hands on. Each costs a pair in the polish."""
+
+CLEAR = 0.2
+"""Part of the tolerance that residuals are taken down to where rounding allows: between values 1e-5 apart, vectors that
+just meet the tolerance can be mixtures, with values that are off by as much. A few pairs more here spare a block step
+of the polish."""
+
+LINGER = 40
+"""Pairs after convergence in which a run for one value may become sure that none is larger."""
+
+NOISY = 64.0
+"""Multiple of the rounding of one application below which a residual that has stopped falling will not fall again."""
 
 CEILING_SHARE = 0.05
 """Part of the failure probability spent on the ceiling; the verifications share 0.7·(1 + ¼ + ¼² + …)."""
@@ -45,6 +59,8 @@ class Search:
         stalled: Whether the arithmetic of this run cannot do better.
         ceiling: Bound on B's largest eigenvalue on the complement of the known rows, from this run's
             coefficients, inflated by rounding; inf if there is none.
+        clear: Whether (k = 1) nothing is larger than the first value by more than is promised, with probability
+            1 − ``CLOSE``.
     """
 
     values: NDArray[np.float64]
@@ -53,6 +69,7 @@ class Search:
     converged: bool
     stalled: bool
     ceiling: float
+    clear: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ def search(
     known_values: NDArray[np.float64],
     aim: Aim,
     block: int,
-    source: torch.Generator,
+    source: Stream,
     progress: Progress,
     *,
     start: torch.Tensor | None = None,
@@ -100,10 +117,11 @@ def search(
     most = min(max(2 * capacity, BASIS_MOST), space)
     krylov = Krylov(gram, known, capacity, block, source, start=start)
     level = log_inverse_delta(gram.size, CEILING_SHARE * FAILURE)
-    slack = 2.0 * rounding_unit(gram)
-    target = max((1.0 + aim.excess) ** 2, 1.0 + 4.0 * slack)
+    target = (1.0 + aim.excess) ** 2
     spent, due, before = 0, aim.k, (0, math.inf)
     mark, best = 0, math.inf
+    settled, clear = 0, False
+    close = log_inverse_delta(gram.size, CLOSE)
     while True:
         # Invariant: ``spent`` pairs so far; a test comes when it is due, or when no block fits any more.
         width = krylov.frontier
@@ -113,14 +131,27 @@ def search(
             progress(Step("lanczos", matvecs=gram.applications, residual=state.worst))
             done = state.converged or state.stalled
             ceiling = math.inf
+            if done and aim.k == 1 and aim.excess < math.inf:
+                # At k = 1 these coefficients also tell whether a larger value is near: no other run has to.
+                likely = krylov.certificate(state.values, close)
+                clear = likely <= (1.0 + max(PROMISE, 0.1 * aim.tol)) ** 2 * state.first
+                settled = settled or spent
+                done &= clear or state.stalled or math.isinf(likely) or spent > settled + LINGER
             if done or over:
-                ceiling = krylov.certificate(state.values, level) + slack * state.first
-                done &= state.stalled or ceiling <= target * state.first or math.isinf(ceiling)
-            if done or over or not width:
+                slack = 2.0 * application_error(gram, math.sqrt(state.first)) * math.sqrt(state.first)
+                ceiling = krylov.certificate(state.values, level) + slack
+                # Rounding alone may keep the ceiling up: more pairs would not help.
+                goal = max(target * state.first, state.first + 4.0 * slack)
+                done &= state.stalled or ceiling <= goal or math.isinf(ceiling)
+            # No progress at this level is rounding: a cluster 1e-7 wide keeps float32 at residuals of 1e-5.
+            stuck = full and spent - mark > 4 * capacity and state.worst <= NOISY * state.noise
+            stuck &= gram.double() is not gram
+            if done or over or stuck or not width:
                 chosen = _spare(krylov, state, aim)
                 vectors = krylov.vectors(state.coordinates[:, chosen])
                 values = state.values[chosen].copy()
-                return Search(values, vectors, state.worst, state.converged, state.stalled, ceiling)
+                stalled = state.stalled or stuck
+                return Search(values, vectors, state.worst, state.converged, stalled, ceiling, clear)
             due = spent + _wait(spent, before, state.worst, aim.tol)
             before = (spent, state.worst)
             if state.worst < 0.5 * best:
@@ -143,6 +174,7 @@ class _State:
     worst: float
     converged: bool
     stalled: bool
+    noise: float  # what one application's rounding makes of a relative residual
 
 
 def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State:
@@ -162,10 +194,15 @@ def _test(krylov: Krylov, known_values: NDArray[np.float64], aim: Aim) -> _State
     vague = (errors[:wanted] > np.maximum(0.01 * values[:wanted], 4.0 * noise * first)) & (
         values[:wanted] > 0.1 * PROMISE**2 * first
     )
-    small = worst <= aim.tol and len(merged) >= aim.k and not (krylov.frontier and vague.any())
-    hopeless = noise * math.sqrt(first / floor[-1]) > 0.5 * aim.tol
+    reach = noise * math.sqrt(first / floor[-1])
+    small = (
+        worst <= min(aim.tol, max(CLEAR * aim.tol, 4.0 * reach))
+        and len(merged) >= aim.k
+        and not (krylov.frontier and vague.any())
+    )
+    hopeless = reach > 0.5 * aim.tol
     stalled = hopeless and (small or bool((errors[:wanted] <= 16.0 * noise * first).all()))
-    return _State(values, coordinates, first, worst, small and not hopeless, stalled)
+    return _State(values, coordinates, first, worst, small and not hopeless, stalled, reach)
 
 
 def _spare(krylov: Krylov, state: _State, aim: Aim) -> list[int]:
@@ -174,12 +211,12 @@ def _spare(krylov: Krylov, state: _State, aim: Aim) -> list[int]:
     They come free, and a verification that has them out of the way tells what was missed from what comes next in
     fewer pairs. In bases that begin with the Ritz vectors, B is [[Θ, C], [Cᵀ, D]]; where D ≤ t, no more
     eigenvalues of B exceed x = t + w than eigenvalues of Θ + CCᵀ/w do. So with C small enough for the next one to
-    stay below x at w = tol·θ₁, what a half-converged vector may hide is a matter of the tolerance.
+    stay below x at w = ``FINE``·tol·θ₁, a half-converged vector hides nothing that matters.
     """
     chosen = list(range(min(aim.k, len(state.values))))
     if not state.converged or not krylov.frontier:
         return chosen
-    width = aim.tol * state.first
+    width = FINE * aim.tol * state.first
     coupling = krylov.link @ state.coordinates
     limit = state.values[chosen[-1]] + width
     for place in range(aim.k, min(aim.k + SPARE, len(state.values))):

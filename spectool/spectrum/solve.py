@@ -34,6 +34,7 @@ from spectool.spectrum.types import Method, Spectrum
 
 _SOLVERS: dict[str, Callable[..., Estimate]] = {"lanczos": lanczos, "power": power, "powerqr": powerqr}
 _CERTIFIED_SIDE = 2048
+_LOST = 2.0**-1000
 
 
 @enough_memory()
@@ -97,7 +98,13 @@ def svds(
     with exact_arithmetic(), torch.no_grad():
         check_finite(A)
         B, factor = moderate(A)
-        solved = _solve(B, task)
+        try:
+            solved = _solve(B, task)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise OperatorError(
+                "the solver broke down: the operator's values overflow",
+                hint="scale the weights, or compute in float64",
+            ) from error
         if not vectors:
             solved = replace(solved, left=None, right=None)
         spectrum = spectrum_of(solved, B, task.k, seed=seed, fro=frobenius(B), note=note)
@@ -194,17 +201,32 @@ def _iterative(A: LinearMap, task: Task, *, method: str, why: str) -> Solved:
 
 
 def _rescaled(spectrum: Spectrum, factor: float) -> Spectrum:
+    """Return the spectrum of factor·A: intervals are rounded outwards where they leave float64's normal range.
+
+    Raises:
+        OperatorError: If σ₁ itself is beyond it.
+    """
     if factor == 1.0:
         return spectrum
-
-    def scaled(entries: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(entry * factor for entry in entries)
-
+    values = tuple(value * factor for value in spectrum.values)
+    if math.isinf(values[0]):
+        raise OperatorError(
+            "the largest singular value is beyond float64's range", hint="scale the weights down"
+        )
+    # Entries far below the largest may have underflowed when they were divided: by at most 2^-1075 each, which parts
+    # of the operator, scaled to size 1, enlarge by no more than their number of entries.
+    lost = _LOST if factor > 1.0 else 0.0
+    lower = tuple(_rounded(max(end - lost, 0.0), factor, 0.0) for end in spectrum.lower)
+    upper = tuple(_rounded(end + lost, factor, math.inf) for end in spectrum.upper)
     fro = None if spectrum.fro is None or math.isinf(spectrum.fro * factor) else spectrum.fro * factor
-    return replace(
-        spectrum,
-        values=scaled(spectrum.values),
-        lower=scaled(spectrum.lower),
-        upper=scaled(spectrum.upper),
-        fro=fro,
-    )
+    return replace(spectrum, values=values, lower=lower, upper=upper, fro=fro)
+
+
+def _rounded(end: float, factor: float, towards: float) -> float:
+    """Return end·factor, the factor a power of two (0 for one below float64's range), rounded in one direction."""
+    scaled = end * factor
+    if math.isinf(scaled) or not end:
+        return scaled
+    back = scaled / factor if factor else 0.0
+    wrong = back < end if towards > end else back > end
+    return math.nextafter(scaled, towards) if wrong else scaled

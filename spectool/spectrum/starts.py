@@ -9,47 +9,70 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from spectool.linear import absorb
 
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
 
-_BLOCK = 1 << 22
-"""Elements hashed at a time: bounds the copy that leaves a device or a half type."""
-
-_DATA = ("weight", "geometry", "scale", "factor", "factors", "maps", "inner", "channels", "axis", "shape")
+_DATA = (
+    "weight",
+    "geometry",
+    "scale",
+    "factor",
+    "factors",
+    "maps",
+    "inner",
+    "channels",
+    "axis",
+    "shape",
+    "identity",
+)
 """Attributes that define a map, by the names the maps of ``spectool.linear`` give them."""
 
 
 def fingerprint(A: LinearMap) -> bytes:
     """Return a SHA-256 digest of the operator: its class, shapes, geometry and the bytes of its weights.
 
-    Weights are hashed as stored, blockwise; the arithmetic type and the device do not enter. A map that does not
-    show its weights (a function) is hashed by its shapes alone: applying it to a fixed vector would tell more,
-    but not the same on every device.
+    Weights are hashed as stored, blockwise; the arithmetic type and the device do not enter. A function
+    is hashed by its shapes and by the ``identity`` that its maker gave it, if it did: applying it to a fixed vector
+    would tell more, but not the same on every device.
     """
     digest = hashlib.sha256()
     _absorb(digest, A)
     return digest.digest()
 
 
-def generator(digest: bytes, seed: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator seeded by ``digest``, ``seed`` and ``purpose``; another purpose, other numbers."""
+class Stream:
+    """Independent standard normal numbers from a counter-based generator with a key of 128 bits.
+
+    torch's own CPU generator keeps 32 bits of its seed: 4·10⁹ start vectors in all, too few for bounds that are to
+    fail once in 10⁹.
+
+    Args:
+        key: Which of the 2¹²⁸ streams.
+    """
+
+    def __init__(self, key: int) -> None:
+        self._numbers = np.random.Generator(np.random.Philox(key=key))
+
+    def normal(self, rows: int, size: int) -> torch.Tensor:
+        """Return ``(rows, size)`` numbers in float64 on the CPU, the next ones of the stream."""
+        return torch.from_numpy(self._numbers.standard_normal((rows, size)))
+
+
+def generator(digest: bytes, seed: int, purpose: str) -> Stream:
+    """Return the source keyed by ``digest``, ``seed`` and ``purpose``; another purpose, other numbers."""
     text = f"{seed}:{purpose}".encode()
-    number = int.from_bytes(hashlib.sha256(digest + text).digest()[:8], "big") >> 1
-    return torch.Generator(device="cpu").manual_seed(number)
+    return Stream(int.from_bytes(hashlib.sha256(digest + text).digest()[:16], "big"))
 
 
 def _absorb(digest: hashlib._Hash, item: Any) -> None:
     """Feed one value to the digest; tensors by their bytes, maps by their defining attributes."""
     if isinstance(item, torch.Tensor):
-        digest.update(f"tensor{item.dtype}{tuple(item.shape)}".encode())
-        rows = item.detach().reshape(1) if item.ndim == 0 else item.detach()
-        # Slices along the first axis are views whatever the strides; flattening everything could copy it.
-        step = max(1, _BLOCK * rows.shape[0] // max(1, rows.numel()))
-        for begin in range(0, rows.shape[0], step):
-            block = rows[begin : begin + step].to("cpu").reshape(-1).contiguous()
-            digest.update(block.view(torch.uint8).numpy().data)
+        absorb(digest, item)
     elif hasattr(item, "matvec"):
         digest.update(f"map{type(item).__name__}{tuple(item.in_shape)}{tuple(item.out_shape)}".encode())
         for name in _DATA:

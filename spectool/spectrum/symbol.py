@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from spectool.spectrum.levels import EPS
+from spectool.spectrum.levels import EPS, TINY
 
 LARGE_SIDE = 24
 """Smaller side of H from which Gram matrices and Cholesky tests pay."""
@@ -33,10 +33,14 @@ class Polynomial:
         coefficients: B ``(groups, ΠQ, out, in)``, float64, on the CPU, out ≥ in (else transposed: H(θ)ᵀ has the
             same singular values).
         taps: Q, taps per axis.
+        units: Power of two ``(groups,)`` that each group's coefficients were divided by, so that squares of a group far
+            smaller than the others do not underflow. ``values`` and ``below`` speak of the symbol itself,
+            everything else of the divided one.
     """
 
     coefficients: Tensor
     taps: tuple[int, ...]
+    units: Tensor
 
     @property
     def side(self) -> int:
@@ -156,13 +160,19 @@ class Polynomial:
             symbols = self.evaluate(theta, group)
             values = torch.linalg.vector_norm(symbols.flatten(1), dim=1, keepdim=True)
             error = values * (EPS * (symbols.shape[1] + 8)) + self.rounding[group][:, None]
-            return values, (values - error).clamp_min(0), values + error
+            return self._in_units(group, values, (values - error).clamp_min(0), values + error)
         square, error = self.gram(theta, group)
         eigenvalues = torch.linalg.eigvalsh(square).flip(-1)
         delta = (error + EPS * 32 * self.side * eigenvalues[:, 0].clamp_min(0))[:, None]
         values = eigenvalues.clamp_min(0).sqrt()
         lower = (eigenvalues - delta).clamp_min(0).sqrt() * (1 - EPS)
-        return values, lower, (eigenvalues.clamp_min(0) + delta).sqrt() * (1 + EPS)
+        upper = (eigenvalues.clamp_min(0) + delta).sqrt() * (1 + EPS)
+        return self._in_units(group, values, lower, upper)
+
+    def _in_units(self, group: Tensor, *ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values and their ends times the groups' units; rounded outwards where that is subnormal."""
+        values, lower, upper = (end * self.units[group][:, None] for end in ends)
+        return values, (lower - TINY * (lower > 0)).clamp_min(0), upper + TINY * (upper > 0)
 
     def below(self, theta: Tensor, group: Tensor, level: Tensor | float) -> Tensor:
         """Return for each frequency whether a Cholesky factorisation proves ‖H(θ)‖ < level ``(F,)``.
@@ -175,7 +185,8 @@ class Polynomial:
         """
         square, error = self.gram(theta, group)
         n = square.shape[-1]
-        levels = torch.as_tensor(level, dtype=torch.float64).expand(len(theta))
+        levels = torch.as_tensor(level, dtype=torch.float64).expand(len(theta)) / self.units[group]
+        levels = levels.clamp_max(1e100)  # a level far above a group's size: its square must be a number
         delta = error + 8 * (n + 2) * n * EPS * levels**2
         shifted = -square
         shifted.diagonal(dim1=-2, dim2=-1).add_((levels**2 - delta)[:, None])
@@ -201,7 +212,14 @@ def polynomial(weight: Tensor, stride: Sequence[int]) -> Polynomial:
     weight = weight[..., used] if bool(used.any()) else weight[..., :1]
     if weight.shape[2] < weight.shape[3]:
         weight = weight.transpose(2, 3)
-    return Polynomial(weight.contiguous(), taps)
+    peaks = weight.abs().flatten(1).amax(dim=1)
+    # Neither factor of the division may leave float64: 2^1074 does.
+    exponent = torch.where(peaks > 0, torch.frexp(peaks).exponent - 1, 0)
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    shape = (-1, *(1,) * (weight.ndim - 1))
+    weight = torch.ldexp(torch.ldexp(weight, -half.reshape(shape)), (half - exponent).reshape(shape))
+    units = torch.ldexp(torch.ones_like(peaks), exponent)
+    return Polynomial(weight.contiguous(), taps, units)
 
 
 def frequency_work(groups: int, out: int, channels: int, taps: int) -> float:

@@ -11,10 +11,12 @@ import torch
 
 from spectool.spectrum.gram import inner, length
 from spectool.spectrum.hochstenbach import Sturm, hochstenbach, log_inverse_delta
-from spectool.spectrum.polish import PROMISE, rounding_unit
+from spectool.spectrum.polish import PROMISE
+from spectool.spectrum.rounding import application_error
 
 if TYPE_CHECKING:
     from spectool.spectrum.gram import Gram
+    from spectool.spectrum.starts import Stream
 
 BREAKDOWN = 1e-8
 """A β below this times the largest Ritz value ends a certifying run; what follows would be rounding noise."""
@@ -40,9 +42,13 @@ MISSED = 1e-4
 """Probability that a verification which is content has overlooked a value that was missed. Half the pairs of what
 the intervals' 1e-9 would take: a miss is rare, and this counts only once there is one."""
 
-FINE = 0.1
-"""Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it:
-at the default tolerance the accuracy that is promised."""
+CLOSE = 1e-2
+"""Probability that the bound does not hold by which vectors are judged: whether they may be mixtures with something
+outside. Where nothing is near, a run that is content has this bound half-way down to the next value."""
+
+FINE = 0.05
+"""Part of the tolerance by which a value may be off, relative to σ₁, for what was missed to count as a copy of it: at
+the default tolerance half the accuracy that is promised. The other half is for what a run does not see at once."""
 
 SHARP = 0.02
 """Rounding, relative to the k-th eigenvalue, above which the run is done in float64."""
@@ -59,6 +65,7 @@ class Check:
         steps: Pairs it took.
         complete: Whether a value above the level of ``Content`` would have been seen.
         few: Whether there are few distinct values, because a run broke down or saw something within ``SOON`` pairs.
+        sure: As ``bound``, wrong with probability ``CLOSE``; inf without a ``Content``.
     """
 
     bound: float
@@ -67,6 +74,7 @@ class Check:
     steps: int
     complete: bool
     few: bool = False
+    sure: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Content:
 def complement_run(
     gram: Gram,
     vectors: torch.Tensor,
-    source: torch.Generator,
+    source: Stream,
     *,
     above: float,
     goals: tuple[tuple[float, int], ...],
@@ -114,7 +122,7 @@ def complement_run(
     """
     size, level = gram.size - len(vectors), log_inverse_delta(gram.size, failure)
     if size <= 0:
-        return Check(0.0, False, False, 0, True)
+        return Check(0.0, False, False, 0, True, sure=0.0)
     vectors = gram.take(vectors)
     q = gram.random(1, source)
     for _ in range(2):
@@ -128,7 +136,8 @@ def complement_run(
     sure = Sturm(content.level if content else math.inf)
     due = log_inverse_delta(gram.size, content.failure) if content else -math.inf
     budget, broke, scale = goals[-1][1], False, 0.0
-    for step in range(1, min(size, budget) + 1):
+    # Without reorthogonalisation rounding lets a run go on beyond the dimension of the space.
+    for step in range(1, min(3 * size, budget) + 1):
         # Invariant: q is a unit row of the complement, previous the one before it, last their coupling.
         w = gram(q)
         w.addmm_(w @ vectors.T, vectors, alpha=-1)
@@ -155,13 +164,16 @@ def complement_run(
     bound = hochstenbach(alphas, betas, level)
     certain = not sure.passed and sure.log >= due
     few = (broke and stuck <= STUCK) or len(alphas) <= SOON
-    return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few)
+    # A run that is one of four has a fourth of the logarithm to show, here as in ``due``.
+    part = math.log(content.failure) / math.log(MISSED) if content else 1.0
+    likely = hochstenbach(alphas, betas, due - part * math.log(CLOSE / MISSED)) if content else math.inf
+    return Check(bound, watch.passed, broke, len(alphas), complete=certain, few=few, sure=likely)
 
 
 def bounded_run(
     gram: Gram,
     vectors: torch.Tensor,
-    source: Callable[[str], torch.Generator],
+    source: Callable[[str], Stream],
     *,
     above: float,
     goals: tuple[tuple[float, int], ...],
@@ -216,6 +228,7 @@ def bounded_run(
         steps=sum(run.steps for run in runs),
         complete=all(run.complete for run in runs),
         few=True,
+        sure=max(run.sure for run in runs),
     ), gram
 
 
@@ -230,6 +243,7 @@ class Verdict:
         proven: Whether tau ≤ 1.05·(k-th value), or tau is below what the arithmetic resolves.
         complete: Whether a larger value than the k-th would have been seen, with probability 1 − 1e-4.
         few: Whether there are few distinct values, each with many copies.
+        sure: As ``tau`` without the rounding, and wrong with probability 1e-2.
     """
 
     tau: float
@@ -237,6 +251,7 @@ class Verdict:
     proven: bool
     complete: bool
     few: bool = False
+    sure: float = math.inf
 
 
 def verify(
@@ -244,7 +259,7 @@ def verify(
     vectors: torch.Tensor,
     first: float,
     last: float,
-    source: Callable[[str], torch.Generator],
+    source: Callable[[str], Stream],
     *,
     pairs: int,
     tight: bool,
@@ -267,10 +282,10 @@ def verify(
         failure: Probability that ``tau`` does not hold.
         complete: Whether to go on until a larger value than the k-th would have been seen.
     """
-    slack = 2.0 * rounding_unit(gram) * first
+    slack = _slack(gram, first)
     if slack > SHARP * last:
         gram = gram.double()
-        slack = 2.0 * rounding_unit(gram) * first
+        slack = _slack(gram, first)
     # What is below the promised accuracy, or below the rounding of a Gram operator, is zero for all that is said.
     accept = max(MARGIN**2 * last, PROMISE**2 * first, 4.0 * slack)
     goal = max(min(accept, TIGHT**2 * first), 2.0 * slack) if tight else accept
@@ -288,5 +303,14 @@ def verify(
         content=Content(max(above, PROMISE**2 * first), MISSED) if complete else None,
         near=last - 4.0 * (above - last) if complete else math.inf,
     )
-    bound = check.bound + 2.0 * rounding_unit(gram) * first
-    return Verdict(bound**0.5, check.above, not check.above and bound <= accept, check.complete, check.few)
+    bound = check.bound + _slack(gram, first)
+    proven = not check.above and bound <= accept
+    # Not inflated: it is a measure of accuracy, which is a thousand times that of the worst rounding.
+    sure = check.sure**0.5
+    return Verdict(bound**0.5, check.above, proven, check.complete, check.few, sure)
+
+
+def _slack(gram: Gram, first: float) -> float:
+    """Bound the error of f²·MᵀM·x for a unit vector x, ``first`` being its largest eigenvalue: two applications."""
+    norm = math.sqrt(max(first, 0.0))
+    return 2.0 * application_error(gram, norm) * norm
