@@ -20,7 +20,6 @@ NAMES: Mapping[str, str] = {
     "bidi override": "w\u202ethgie\u2066.pt\u2069",
     "zero width": "we\u200bight\ufeff",
     "line separator": "a\u2028b\u2029c\x85d",
-    "surrogate": "\ud800w\udfff",
     "formula": "=cmd|'/c calc'!A0",
     "formula of plus": "+1+cmd|'/c calc'!A0",
     "formula of at": "@SUM(1+1)*cmd|'/c calc'!A0",
