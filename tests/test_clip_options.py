@@ -39,7 +39,8 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch, net: 
         f"clip {net} --max 2 --max fc1*=1 --prove --min-change --all-sizes --recenter bias --calibrate {inputs} "
         "-k 3 --input 1x2 --arch a:b --arch-args {} --no-recognise --trust --method symbol --tol 1e-4 "
         "--max-matvecs 9 --seed 5 --device cpu --dtype float64 --hash --level both --layers fc* --exclude fc9* "
-        f"--kind linear,conv2d --assume-bn --key ema -o {net.parent / 'out'} --force"
+        f"--kind linear,conv2d --assume-bn --key ema -o {net.parent / 'out'} --force "
+        "--max-tensor-bytes 1GB --limit depth=7"
     )
     assert main(text.split()) == library.SpectoolError.exit_code
     assert set(given) == set(signature(clip).parameters)
@@ -74,6 +75,7 @@ def test_every_option_reaches_the_library(monkeypatch: pytest.MonkeyPatch, net: 
         "hash": True,
         "recenter": "bias",
         "calibrate": inputs,
+        "limits": library.Limits(tensor_bytes=10**9, depth=7),
     }
     main(["clip", str(net), "--max", "2", "--exact", "--no-recenter", "-n"])
     assert (given["exact"], given["recenter"], given["out"], given["dry_run"]) == (True, "none", None, True)
