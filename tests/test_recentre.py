@@ -93,7 +93,13 @@ def test_means_behind_come_nearer_to_what_data_say(trained: Path, tmp_path: Path
 
 
 def test_calibrated_means_are_those_of_the_clipped_network(trained: Path, tmp_path: Path) -> None:
-    new, _ = clip(trained, tmp_path / "o.pt", max={"0.weight": 1.0, "3.weight": 1.0}, calibrate=inputs())
+    new, report = clip(trained, tmp_path / "o.pt", max={"0.weight": 1.0, "3.weight": 1.0}, calibrate=inputs())
+    old = torch.load(trained, weights_only=True)
+    moves = {name: (new[name] - old[name]).abs() for name in new if name.endswith("running_mean")}
+    assert report.adjusted.keys() == {name for name, move in moves.items() if move.any()} != set()
+    for name, shift in report.adjusted.items():
+        deviation = old[name.replace("mean", "var")].sqrt()
+        assert shift == pytest.approx(float((moves[name] / deviation).max()), rel=1e-3)
     model = net().eval()
     model.load_state_dict(new)
     seen: dict[str, torch.Tensor] = {}

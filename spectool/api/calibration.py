@@ -25,7 +25,7 @@ def read_inputs(source: str | Path | Tensor) -> Tensor:
         UsageError: If there are none.
     """
     if isinstance(source, Tensor):
-        return source[:_MOST]
+        return _usable(source[:_MOST], "the calibration inputs")
     path = Path(source)
     if not path.is_file():
         raise UsageError(f"there is no file {path} with calibration inputs", hint="give a .npz or .pt file")
@@ -47,7 +47,16 @@ def read_inputs(source: str | Path | Tensor) -> Tensor:
         value = next((entry for entry in value.values() if isinstance(entry, Tensor)), None)
     if not isinstance(value, Tensor) or value.dim() < 2 or not len(value):
         raise UsageError(f"{path} holds no batch of inputs", hint="save an array (n, …) with its batch axis")
-    return value[:_MOST]
+    return _usable(value[:_MOST], str(path))
+
+
+def _usable(inputs: Tensor, name: str) -> Tensor:
+    bad = int((~torch.isfinite(inputs)).sum()) if inputs.is_floating_point() else 0
+    if bad:
+        raise UsageError(
+            f"{name}: {bad} numbers are NaN or infinite", hint="calibrate on inputs as the network takes them"
+        )
+    return inputs
 
 
 def calibrated_means(

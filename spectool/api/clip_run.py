@@ -15,6 +15,7 @@ from spectool.api.job import Job, numbered
 from spectool.api.limits import Bounds
 from spectool.api.rows import Load, Options, analysed_row, listed_row
 from spectool.api.settling import level_of, refined_row
+from spectool.api.verdicts import unknown_scale
 from spectool.checkpoint import Checkpoint, can_write
 from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
 from spectool.clip import Options as ClipOptions
@@ -182,6 +183,7 @@ class ClipRun:
             self.progress(Step("calibrating"))
             moved = calibrated_means(survey.live, self.checkpoint, self.edits, inputs)
             self.edits.update(moved)
+            self.adjusted.update(_shifts(moved, self.checkpoint))
             for entry in entries:
                 if entry.projected is not None and isinstance(entry.item, Region):
                     homes = {home for name in _means(entry.item) for home in writer.homes(name) or ()}
@@ -244,7 +246,8 @@ class ClipRun:
                 after_row = refined_row(item, load, cold, after_row) or after_row
             after_row = replace(after_row, seconds=(after_row.seconds or 0.0) + entry.seconds)
         after = _enclosed(after_row)
-        after = replace(after, proven=None if after_row.upper_kind == "probabilistic" else after.upper)
+        open_end = after_row.upper_kind == "probabilistic" or unknown_scale(after_row.assumed)
+        after = replace(after, proven=None if open_end else after.upper)
         if entry.action == "refused" or entry.projected is None:
             action = "refused" if entry.action == "refused" else "kept"
             return ClipRow(
@@ -280,6 +283,17 @@ def _region(item: Region | Skipped) -> Region:
     if not isinstance(item, Region):
         raise OperatorError(f"{item.key} was not analysed")
     return item
+
+
+def _shifts(means: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, float]:
+    """Return running mean → its largest move over the standard deviation of its channel, where that is stored."""
+    found = {}
+    for name, value in means.items():
+        spread = f"{name.removesuffix('mean')}var"
+        if name.endswith("running_mean") and spread in checkpoint.tensors:
+            moved = (value.double() - checkpoint.read(name).double()).abs()
+            found[name] = float((moved / checkpoint.read(spread).double().clamp_min(1e-30).sqrt()).max())
+    return found
 
 
 def _operators(item: Region | Skipped) -> list[Node]:

@@ -154,6 +154,11 @@ def clip(
         "calibrate": None if calibrate is None or isinstance(calibrate, Tensor) else str(calibrate),
         "dry_run": dry_run,
     }
+    if recenter == "bias" and calibrate is not None:
+        raise UsageError(
+            "biases are not matched on inputs, running means are",
+            hint="leave --recenter bias or --calibrate away",
+        )
     inputs = None if calibrate is None else read_inputs(calibrate)
     progress(Step("finding operators"))
     job = open_job(source, ways, selection, input_shape)
@@ -175,9 +180,10 @@ def clip(
     run.clip(entries)
     if recenter != "none" and run.edits:
         run.recentre(entries, inputs, biases=recenter == "bias")
+    written: tuple[str, ...] = ()
     if target is not None:
         progress(Step("writing"))
-        write_checkpoint(checkpoint, target, run.edits, force=force)
+        written = tuple(map(str, write_checkpoint(checkpoint, target, run.edits, force=force).files))
     with _remembered(target):
         if target is not None:
             job_after = open_job(target, ways, selection, input_shape)
@@ -197,6 +203,7 @@ def clip(
         run.adjusted,
         tensors=len(checkpoint.tensors),
         source=str(source),
+        files=written,
     )
 
 

@@ -78,7 +78,7 @@ def open_job(
     if not wanted:
         raise NothingToAnalyse(
             f"the filters leave none of the {len(items)} rows of {name}",
-            hint="`spectool inspect --list` shows the keys, levels and kinds",
+            hint=f"`spectool inspect {name} --list` shows the keys, levels and kinds",
         )
     return Job(found, tuple(wanted), tuple(chosen), _cached(found.survey))
 

@@ -68,7 +68,7 @@ class Bounds:
                 near = difflib.get_close_matches(pattern, keys, n=3, cutoff=0.3) or keys[:3]
                 raise UsageError(
                     f"the limit {pattern}={limit:g} matches no row",
-                    hint=f"keys look like {', '.join(near)}; `spectool inspect --list` shows all",
+                    hint=f"keys look like {', '.join(near)}; `spectool inspect FILE --list` shows all",
                 )
 
     def to_dict(self) -> dict[str, float]:

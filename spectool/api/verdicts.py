@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spectool.api.baselines import Earlier
@@ -111,7 +112,7 @@ def _judge(row: Row, limit: float, slack: float, gate: Gate, name: str, *, same:
     line = limit * (1 + slack)
     shown = f"{name} {distinct(limit, line)}" + (f" by more than {slack * 100:g} %" if slack else "")
     assumed = () if same else row.assumed
-    unknown = [text for text in assumed if text.startswith(_UNKNOWN)]
+    unknown = unknown_scale(assumed)
     above = [text for text in assumed if text.startswith(_ABOVE)]
     if unknown:
         return _Judged("undecided", f"its scale is not known ({'; '.join(unknown)} assumed)")
@@ -124,6 +125,11 @@ def _judge(row: Row, limit: float, slack: float, gate: Gate, name: str, *, same:
         return _Judged("violated", f"σ₁ is at least {distinct(lower, line)} and exceeds {shown}")
     needs = upper / limit - 1 if upper is not None and upper > line and limit and not chance else None
     return _Judged("undecided", _doubt(row, line, shown, above), needs)
+
+
+def unknown_scale(assumed: Sequence[str]) -> list[str]:
+    """Return the assumptions without which the scale of an operator is not known, so that no limit can be proven."""
+    return [text for text in assumed if text.startswith(_UNKNOWN)]
 
 
 def _doubt(row: Row, line: float, shown: str, above: list[str]) -> str:

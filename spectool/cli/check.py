@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from spectool.cli import options as opt
 from spectool.cli.output import choose_target, deliver
 from spectool.cli.parsing import (
@@ -34,9 +32,7 @@ spectool check net.onnx --baseline old.json --tolerance 2%
 
 
 def check(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint: .pt .pth .safetensors .onnx, or a folder.")
-    ],
+    file: opt.File,
     limits: opt.Limits = None,
     slack: Annotated[
         str,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from spectool.cli import options as opt
-from spectool.cli.clip_target import choose_checkpoint, choose_recentering, spare_inputs
+from spectool.cli.clip_target import choose_checkpoint, choose_recentering, spare_inputs, warn_of_suffix
 from spectool.cli.clipped import conclude_clip, written_line
 from spectool.cli.messages import say
 from spectool.cli.output import choose_target, deliver
@@ -32,9 +30,7 @@ spectool clip net.onnx --max 1.0 -o net.clipped.onnx --report net.clipped.csv
 
 
 def clip(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint: .pt .pth .safetensors .onnx, or a folder.")
-    ],
+    file: opt.File,
     limits: opt.Limits = None,
     prove: Annotated[
         bool,
@@ -159,5 +155,7 @@ def clip(
     except OutputError:
         say(written_line(report))  # whatever became of its description, the checkpoint is there
         raise
+    if out is not None and not quiet:
+        warn_of_suffix(file, out)
     conclude_clip(report, target, verbose=verbose)
     return report.exit_code(strict=strict)

@@ -63,10 +63,14 @@ def choose_checkpoint(
     _check_writable(out)
     if not quiet:
         _warn_of_room(source, out)
-    if not quiet and out.suffix.lower() != source.suffix.lower() and not source.is_dir():
+    return out
+
+
+def warn_of_suffix(source: Path, out: Path) -> None:
+    """Say if the name of what was written promises another format than it has."""
+    if out.suffix.lower() != source.suffix.lower() and not source.is_dir():
         kind = f"ends in {out.suffix}" if out.suffix else "has no suffix"
         say(f"{out} {kind}, but what is written has the format of {source}", label="warning")
-    return out
 
 
 def spare_inputs(source: Path, out: Path | None, result: Path | None, calibrate: Path | None) -> None:

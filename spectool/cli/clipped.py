@@ -54,8 +54,9 @@ def means_line(report: ClipReport) -> str:
         if report.adjusted
         else ""
     )
-    noun = "running mean or bias follows" if len(moved) == 1 else "running means or biases follow"
-    return f"{len(moved)} {noun} the weights{far} (--no-recenter leaves them alone)"
+    one = len(moved) == 1
+    noun, them = ("running mean or bias follows", "it") if one else ("running means or biases follow", "them")
+    return f"{len(moved)} {noun} the weights{far} (--no-recenter leaves {them} alone)"
 
 
 def written_line(report: ClipReport) -> str:
@@ -67,7 +68,9 @@ def written_line(report: ClipReport) -> str:
         return f"nothing written (--dry-run): {tensors} would change"
     if not count:
         return f"wrote {report.output}: nothing changed, it is a copy"
-    return f"wrote {report.output}: {tensors} changed, all other bytes are identical"
+    also = [name for name in report.files if name != report.output]
+    places = " and ".join([report.output, *also]) if len(also) == 1 else report.output
+    return f"wrote {places}: {tensors} changed, all other bytes are identical"
 
 
 def next_steps(report: ClipReport) -> Iterator[str]:
@@ -85,6 +88,8 @@ def next_steps(report: ClipReport) -> Iterator[str]:
         yield f"{_count(loose, 'row')} not converged: raise --max-matvecs"
     elif report.output is None:
         yield from ["-o OUT instead of --dry-run writes it"] if report.changed else []
+    elif any(_scaleless(row) for row in gated):
+        yield "factors without alpha: their scale is not known, and no limit on their product can be proven"
     elif gated:
         yield from _certificate(report, [row for row in gated if row.proven is False])
 
@@ -127,6 +132,10 @@ def _words(settings: Mapping[str, Any]) -> Iterator[str]:
             yield flag
     if settings.get("recognise") is False:
         yield "--no-recognise"
+
+
+def _scaleless(row: ClipRow) -> bool:
+    return any(text.startswith("alpha") for text in row.row.assumed)
 
 
 def _excess(row: ClipRow) -> float | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
-
-import typer
 
 from spectool.cli import options as opt
 from spectool.cli.conclusion import conclude, draw_report
@@ -32,9 +29,7 @@ spectool inspect net.onnx --sort -sigma_1 --format csv | head
 
 
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint: .pt .pth .safetensors .onnx, or a folder.")
-    ],
+    file: opt.File,
     top_k: opt.TopK = 8,
     inputs: opt.Inputs = None,
     arch: opt.Arch = None,

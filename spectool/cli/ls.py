@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from spectool.cli import options as opt
 from spectool.cli.messages import say
@@ -30,9 +27,7 @@ spectool ls net.onnx --format json
 
 
 def ls(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint: .pt .pth .safetensors .onnx, or a folder.")
-    ],
+    file: opt.File,
     key: opt.Key = None,
     max_tensor_bytes: opt.MaxTensorBytes = None,
     limit: opt.ReadLimits = None,

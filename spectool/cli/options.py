@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -87,6 +88,13 @@ class CheckFormatName(StrEnum):
     sarif = "sarif"
 
 
+def _file(text: Any) -> Path:
+    """Return a path; nothing, as an unset variable of a shell leaves it, is not the working directory."""
+    if str(text) == "":
+        raise typer.BadParameter("its name is empty")
+    return Path(text)
+
+
 def _seed(text: Any) -> int:
     """Return a seed: the number given, or one that nobody can know before."""
     if str(text) == "random":
@@ -111,6 +119,12 @@ def option(panel: str, *flags: str, help: str, metavar: str | None = None, **mor
     )
 
 
+File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", parser=_file, help="Checkpoint: .pt .pth .safetensors .onnx, or a folder."
+    ),
+]
 TopK = Annotated[
     int,
     option(COMPUTE, "-k", "--top-k", metavar="N", help="Singular values per operator.", show_default=True),

@@ -98,6 +98,7 @@ class ClipReport:
         adjusted: Tensors moved so that means stay, with the largest move relative to the standard deviation.
         tensors: How many tensors the file holds; None if they were not counted.
         source: The file read; None if that was not kept.
+        files: Every file written, data files of a model included.
     """
 
     rows: tuple[ClipRow, ...]
@@ -108,6 +109,7 @@ class ClipReport:
     adjusted: dict[str, float] = field(default_factory=dict)
     tensors: int | None = None
     source: str | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[Action, int]:
@@ -117,7 +119,9 @@ class ClipReport:
     @property
     def coverage(self) -> tuple[int, int, int]:
         """(analysed, total, skipped) operators with a weight matrix; those nothing is asked of are not analysed."""
-        asked = replace(self.report, rows=tuple(row.row for row in self.rows if row.action != "listed"))
+        # Rows without a matrix count nothing; they tell which parts of a composed row are none.
+        rows = (row.row for row in self.rows if row.action != "listed" or not row.row.operators)
+        asked = replace(self.report, rows=tuple(rows))
         _, total, skipped = self.report.coverage
         return asked.coverage[0], total, skipped
 
