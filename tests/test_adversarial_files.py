@@ -245,6 +245,44 @@ def digits(matrix: Any) -> list[Any]:
         return sorted(mpmath.svd_r(tall, compute_uv=False), reverse=True)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("weights", "scale", "variance"),
+    [
+        ([1e-200, 1e-190], [1e-200, 1e-190], 1.0),  # products of 1e-380 are 0 in float64
+        ([1e-200, 1e-190], [1e-121, 1e-131], 1.0),  # products of 1e-321 have two digits
+        ([1e-300, 1e-305], [1e-18, 1e-18], 1.0),
+        ([1.0, 1.0], [1e-200, -1e-210], 1e300),  # γ/sqrt(var) is 0 in float64
+        ([1e200, 1e190], [1e-200, 0.0], 1.0),
+        ([1e-200, 0.0], [0.0, 1e-200], 1.0),  # zero indeed
+    ],
+)
+def test_products_below_float64(
+    tmp_path: Path, weights: list[float], scale: list[float], variance: float
+) -> None:
+    # Said to be the zero operator, its upper end 0, before.
+    net = nn.Sequential(nn.Conv1d(2, 2, 2, padding=1, bias=False), nn.BatchNorm1d(2, eps=0.0)).eval().double()
+    net[0].weight.copy_(
+        torch.tensor(weights, dtype=torch.float64).reshape(2, 1, 1) * torch.tensor([1.0, 3.0])
+    )
+    net[1].weight.copy_(torch.tensor(scale, dtype=torch.float64))
+    net[1].running_var.fill_(variance)
+    torch.save(net, tmp_path / "net.pt")
+    for method in ("auto", "lanczos"):
+        report = spectool.inspect(tmp_path / "net.pt", k=4, input_shape=(1, 2, 3), method=method)  # type: ignore[arg-type]
+        for row, first, end in rows_of(strict(report)):
+            shapes = [(2, 3), (2, 4)][first:end]
+            for low, value, high, true in zip(
+                row["sigma_lower"],
+                row["sigma"],
+                row["sigma_upper"],
+                precise_values(net[first:end], shapes),
+                strict=False,
+            ):
+                assert low <= true <= high
+                assert low <= value <= high
+
+
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 
