@@ -88,6 +88,32 @@ def test_projections_that_nearly_miss_each_other(size: float, method: str) -> No
         assert "not converged" in found.note
 
 
+def test_a_norm_that_was_computed_bounds_nothing() -> None:
+    # Found by the search: the product is 1e-11 and known to 4e-4 of that only. ‖A‖_F from such values left σ₂ too
+    # little room.
+    import mpmath
+
+    parts = (
+        [
+            [-0.673477609990667, 0.2906731673675215, -0.3213116499068512, -0.5989122158112394],
+            [-0.5535630137020693, -0.662445463490289, -0.2530125089168322, 0.43671348512935687],
+        ],
+        [
+            [0.4894878307350455, 0.019938963308730573],
+            [-0.3728979836616755, 0.5810526752755382],
+            [-0.7045975657347474, -0.5799015126156142],
+            [-0.353399246892271, 0.5706964709575799],
+        ],
+    )
+    with mpmath.workdps(60):
+        product = mpmath.matrix(parts[0]) * mpmath.matrix(parts[1])
+        truth = mpmath.svd_r(product, compute_uv=False)
+    found = svds(Composed(*(MatrixMap(torch.tensor(part, dtype=torch.float64)) for part in parts)), 2)
+    for low, true, high in zip(found.lower, truth, found.upper, strict=True):
+        assert low <= true <= high
+    assert not found.converged
+
+
 def test_a_composition_that_rounding_swallows_is_no_zero_operator() -> None:
     parts = [[[1.0, -1.0]], [[1.0, 1.0], [1.0, 0.0]], [[1e20], [1.0]]]  # (1e20 + 1) − 1e20 = 1
     A = Composed(*(MatrixMap(torch.tensor(part, dtype=torch.float64)) for part in parts))

@@ -60,8 +60,18 @@ def test_a_pair_of_which_one_is_wanted(gap: float, kind: str) -> None:
 @pytest.mark.parametrize("copies", [2, 5])
 def test_a_small_cluster(copies: int, place: int) -> None:
     values = planted(place, 1e-8, 4e-3, copies)
-    # The default cap of 1000 is reached by one start vector in three: copies 1e-8 apart are left outside.
-    assert_right(lanczos(as_map(values, "rotated", place), 3, max_matvecs=1400), values, 3)
+    A = as_map(values, "rotated", place)
+    if (copies, place) != (5, 2):
+        assert_right(lanczos(A, 3), values, 3)
+        return
+    # Two of the three wanted values are copies, three more are outside at the same level: of eight start vectors two
+    # reach the default cap of 1000 (one did when near values counted as converged by their residuals alone; the block
+    # steps that tell mixtures take about 100, the verification 90 more). They say so; with 200 more all eight converge.
+    for seed in (0, 1):
+        capped = lanczos(A, 3, seed=seed)
+        assert np.abs(capped.values.numpy() - values[:3]).max() < 1e-7
+        assert capped.converged or capped.note.startswith("not converged: ")
+        assert_right(lanczos(A, 3, seed=seed, max_matvecs=1200), values, 3)
 
 
 def conv1d(seed: int) -> tuple[ConvMap, Matrix]:

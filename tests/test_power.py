@@ -95,12 +95,12 @@ def test_a_cluster_that_is_not_reached_is_not_called_converged(solver: Solver) -
 
 
 def test_the_verification_sees_what_a_loose_tolerance_missed() -> None:
-    # Residuals of 0.2 are met by mixtures; what is left outside is larger than the last value reported, by more than
-    # the 16·tol² = 0.0064 that values of such vectors may be off.
+    # Residuals of 0.02 are met by mixtures, and what is left outside is larger than the last value reported. The
+    # promise is a tenth of the tolerance, whatever the residuals are.
     values = np.r_[np.linspace(1.0, 0.95, 12), np.linspace(0.5, 0.1, 60)]
     seen = [power(as_map(matrix_of(values)), 6, tol=0.02, seed=seed) for seed in range(6)]
-    wrong = [e for e in seen if np.abs(e.values.numpy() - values[:6]).max() > 7e-3]
-    assert wrong
+    wrong = [e for e in seen if np.abs(e.values.numpy() - values[:6]).max() > 0.1 * 0.02]
+    assert len(wrong) >= 3
     assert all(not e.converged and "larger value" in e.note for e in wrong)
 
 

@@ -88,7 +88,10 @@ def test_power_methods_are_right_or_say_that_they_are_not(method: str, case: Cas
 def test_choice_and_its_reason(A: LinearMap, method: str, kind: str) -> None:
     spectrum = svds(A, 2)
     assert spectrum.method == method
+    # Of a probabilistic bound and an affordable symbol the smaller is printed: for the dilated one 0.65 % above σ₁
+    # instead of 0.73 % since the search runs on a little. Never more than what is proven.
     assert spectrum.upper_kind in (kind, "symbol")
+    assert spectrum.upper[0] <= svds(A, 2, certify=True).upper[0]
     assert spectrum.why
     assert spectrum.converged
 
@@ -156,7 +159,8 @@ def test_function_is_solved_in_float64_where_it_can_be_remade() -> None:
     stuck = FunctionMap(make(torch.float32, None), (4, 8, 8))
     exact, remade, rough = svds(B, 4), svds(A, 4), svds(stuck, 4)
     assert remade.method == "dense"
-    assert remade.matvecs == 256 + 4  # four to measure its rounding
+    # Four to measure its rounding, which cannot be derived (``dense._sample``).
+    assert remade.matvecs == 256 + 4
     assert np.allclose(remade.values, exact.values, rtol=1e-13)
     truth = np.array(exact.values)
     assert (np.array(rough.lower) <= truth).all()

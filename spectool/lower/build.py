@@ -22,12 +22,16 @@ from spectool.linear import (
     identity,
 )
 from spectool.linear.memory import check_entries, enough_memory
+from spectool.linear.scaling import largest
 from spectool.lower.replay import Load, constant_names, remake_region, run
 from spectool.lower.separable import may_separate, separable_map
 from spectool.lower.structure import is_neutral, is_structural, zero_padding
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_FADING = 2.0**-960
+"""Size below which products of float64 numbers are kept as factors: digits 53 places down leave its normal range."""
 
 
 @enough_memory()
@@ -171,7 +175,8 @@ def _pieces(
         elif isinstance(node.op, BatchNorm):
             if len(shape) < node.op.axis:
                 return None
-            piece = DiagonalMap(_scale(node, load), shape, axis=node.op.axis - 1, dtype=dtype, device=device)
+            *others, piece = _norm(node, shape, node.op.axis - 1, load, dtype, device)
+            pieces += others
         elif batched and may_separate(node):
             piece = separable_map(node, shape, load, dtype=dtype, device=device)
         if piece is None:
@@ -202,8 +207,7 @@ def _unsized(
             matrices.append(matrix)
         return matrices
     if isinstance(head.op, BatchNorm) and len(nodes) == 1:
-        scale = _scale(head, load)
-        return [DiagonalMap(scale, tuple(scale.shape), axis=0, dtype=dtype, device=device)]
+        return _norm(head, tuple(load(head.inputs[4]).shape), 0, load, dtype, device)
     return None
 
 
@@ -246,7 +250,13 @@ def _convolution(
         following = nodes[position + 1]
         if not isinstance(following.op, BatchNorm) or following.op.axis != 1:
             break
-        weight = _scale_outputs(weight, conv, _scale(following, load))
+        scale = _scale(following, load)
+        if _fades(scale, following, load):
+            break
+        folded = _scale_outputs(weight, conv, scale)
+        if largest(folded) < _FADING and bool(_scale_outputs(weight != 0, conv, scale != 0).any()):
+            break  # the norm stays a map of its own: exponents of parts are added, not multiplied
+        weight = folded
         position += 1
     return ConvMap(weight, shape, conv.geometry, dtype=dtype, device=device), position
 
@@ -280,6 +290,22 @@ def _scale(node: Node, load: Load) -> Tensor:
     gamma, variance = node.inputs[1], node.inputs[4]
     scale = torch.rsqrt(load(variance).double() + node.op.eps)
     return load(gamma).double() * scale if gamma else scale
+
+
+def _norm(
+    node: Node, shape: tuple[int, ...], axis: int, load: Load, dtype: torch.dtype, device: torch.device | str
+) -> list[LinearMap]:
+    """Return a batch norm as one diagonal map; as two, γ and 1/sqrt(var + eps), where their product leaves float64."""
+    scales = [_scale(node, load)]
+    if _fades(scales[0], node, load):
+        scales = [torch.rsqrt(load(node.inputs[4]).double() + node.op.eps), load(node.inputs[1]).double()]  # type: ignore[union-attr]
+    return [DiagonalMap(scale, shape, axis=axis, dtype=dtype, device=device) for scale in scales]
+
+
+def _fades(scale: Tensor, node: Node, load: Load) -> bool:
+    """Return whether γ/sqrt(var + eps) is so small that it has lost digits, and γ is not zero."""
+    gamma = node.inputs[1]
+    return bool(gamma) and largest(scale) < _FADING and bool((load(gamma) != 0).any())
 
 
 def _scale_outputs(weight: Tensor, conv: Conv, scale: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def spectrum_of(solved: Solved, A: LinearMap, k: int, *, seed: int, fro: float |
         fro = sqrt(float((solved.levels.values**2 * solved.levels.count).sum()))
     lower = np.maximum.accumulate(lower[::-1])[::-1]  # σ_i ≥ σ_{i+1} ≥ its lower end
     upper = np.minimum.accumulate(upper)
-    if fro is not None and isfinite(fro):
+    # Only a norm that was not computed from these values bounds them.
+    if closed and fro is not None and isfinite(fro):
         upper = np.minimum(upper, _room(lower, fro, upper[0]))
     # Crossed ends could only come of the probabilistic bound's 1e-9; what is proven from below stays.
     upper = np.maximum(upper, lower)

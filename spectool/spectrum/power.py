@@ -21,8 +21,7 @@ from spectool.spectrum.starts import fingerprint, generator
 if TYPE_CHECKING:
     from spectool.linear import LinearMap
     from spectool.spectrum.estimate import Estimate
-    from spectool.spectrum.rounding import begin, reserve
-from spectool.spectrum.starts import Stream
+    from spectool.spectrum.starts import Stream
 
 SHIFT = 1e-6
 """μ of PowerQR in units of σ₁². It keeps R regular and only slows the iteration down; the paper's μ = 1 in absolute

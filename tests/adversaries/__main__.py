@@ -1,4 +1,7 @@
-"""``python tests/adversaries --seconds 600 --seed 1 [--family NAME]``: search, and say what failed."""
+"""``python tests/adversaries --seconds 600 --seed 1 [--family NAME]``: search, and say what failed.
+
+Ctrl-C ends it early, with the counts so far.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from adversaries.search import FAMILIES, Search
+from adversaries.search import FAMILIES, Found, Search
+
+
+def show(found: Found) -> None:
+    print(f"{found.family}: {found.text}\n  {found.run}\n  {found.verdict.failures[:3]}")
+    spectrum = found.verdict.spectrum
+    if spectrum is not None:
+        print(f"  {spectrum.method}, {spectrum.upper_kind}, {spectrum.note!r}")
+    print(f"  numbers = {found.numbers}", flush=True)
 
 
 def main() -> int:
@@ -24,13 +35,12 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     search = Search(options.seed, tuple(options.family or FAMILIES))
-    for count, found in enumerate(search.run(options.seconds)):
-        if count < options.show:
-            print(f"{found.family}: {found.text}\n  {found.run}\n  {found.verdict.failures[:3]}")
-            spectrum = found.verdict.spectrum
-            if spectrum is not None:
-                print(f"  {spectrum.method}, {spectrum.upper_kind}, {spectrum.note!r}")
-            print(f"  numbers = {found.numbers}", flush=True)
+    try:
+        for count, found in enumerate(search.run(options.seconds)):
+            if count < options.show:
+                show(found)
+    except KeyboardInterrupt:
+        print("interrupted; so far:")
     for name in search.names:
         closest = max((one.verdict.pressure for one in search.best.get(name, [])), default=0.0)
         wrong = sum(one.family == name for one in search.wrong)
