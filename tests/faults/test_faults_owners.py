@@ -59,8 +59,8 @@ root = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("closed", "arguments", "message"),
     [
-        ("net.pt", ["ls", "net.pt"], "path 'net.pt' is not readable"),
-        ("net.pt", ["inspect", "net.pt"], "path 'net.pt' is not readable"),
+        ("net.pt", ["ls", "net.pt"], "net.pt: cannot be read (Permission denied)"),
+        ("net.pt", ["inspect", "net.pt"], "net.pt: cannot be read (Permission denied)"),
         ("in", ["ls", "in/net.pt"], "in/net.pt cannot be read (Permission denied)"),
         ("in", ["clip", "in/net.pt", "--max", "1", "-o", "out.pt"], "in/net.pt cannot be read (Permission"),
         ("in", ["ls", "net.pt", "-o", "in/x.csv"], "in/x.csv"),
