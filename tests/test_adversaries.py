@@ -12,7 +12,7 @@ import pytest
 import torch
 from adversaries.base import Draw
 from adversaries.judge import Run, judged
-from adversaries.search import FAMILIES, Search
+from adversaries.search import FAMILIES, Search, play
 from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 
@@ -231,3 +231,56 @@ def test_the_start_vector_of_a_region_depends_on_its_weights() -> None:
         torch.nn.init.zeros_(layer.bias)
         prints.add(fingerprint(function_map(layer, (4,))))
     assert len(prints) == 2
+
+
+def test_eigenvalues_of_the_bound_are_as_wrong_as_the_largest_is() -> None:
+    # Groups 2^10 apart: σ₉ is 1e-4 of σ₁, and its upper end was 1.6e-9 too low.
+    numbers = (
+        0.9873361001705597,
+        0.8847108913427206,
+        0.6645383547801755,
+        0.7040459323389526,
+        0.9060028228589255,
+        0.19887696591544868,
+        0.35843167711813617,
+        0.8139130413427167,
+        0.30567779094464,
+        0.9641776152133523,
+        0.8288456480931423,
+        0.27525626541891535,
+        0.7548365503280554,
+        0.3797594699652328,
+        0.5608158489917485,
+        0.39852617680699787,
+        0.7261102145972113,
+        0.9577985047235639,
+        0.6739168051810794,
+        0.9697933925340843,
+        0.27539712069743394,
+        0.9826544089168632,
+        0.63866634839959,
+        0.2445495617286254,
+        0.48292512645073793,
+        0.7401841478885627,
+        0.03284449681004342,
+        0.1306777944272952,
+        0.7590495542873139,
+        0.58170130331402,
+        0.7579406233332868,
+        0.9602170842339417,
+        0.490822573079568,
+        0.136669947976077,
+        0.6558703439446455,
+        0.24831345420167283,
+        0.7470734687138333,
+        0.8605045328544021,
+        0.8067168814449538,
+        0.07799933495913947,
+        0.5189673544363459,
+        0.5251082164226291,
+        0.4474976741253761,
+    )
+    found = play("convolutions", numbers, 0)
+    assert found is not None
+    assert found.run.method == "power"
+    assert found.verdict.failures == ()

@@ -55,8 +55,11 @@ def _quadratic(ritz: torch.Tensor, coupling: torch.Tensor, tau: float, index: in
 
     def holds(x: float) -> bool:
         matrix = s2 + g * (x / (x - t))
-        return float(torch.linalg.eigvalsh(matrix)[-1 - index]) <= x
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        # Small eigenvalues are as wrong as the largest is, 2n·eps of it: that of a σ_i of 1e-4·σ₁ by 1e-8.
+        return float(eigenvalues[-1 - index]) + unsure * float(eigenvalues[-1]) <= x
 
+    unsure = 2.0 * (len(s2) + 8) * torch.finfo(torch.float64).eps if index else 0.0
     low = max(float(s2[index, index]), t)
     spread = math.sqrt(max(0.0, float(torch.linalg.matrix_norm(g, 2))))
     high = (math.sqrt(low) + spread) ** 2 * (1.0 + 1e-15) + 1e-300
