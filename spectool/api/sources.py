@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,8 @@ import torch
 
 from spectool.checkpoint import open_checkpoint
 from spectool.checkpoint.limits import DEFAULT, Limits
-from spectool.errors import CheckpointError, GraphError, UsageError
-from spectool.graph import Region, Survey, survey
+from spectool.errors import CheckpointError, GraphError, LimitExceeded, UsageError
+from spectool.graph import Region, Skipped, Survey, survey
 
 if TYPE_CHECKING:
     from spectool.checkpoint.types import Checkpoint
@@ -88,8 +89,28 @@ def find(source: str | Path | torch.nn.Module, ways: Ways, input_shape: InputSha
         return Found(found, None, None, found.notes)
     checkpoint = open_checkpoint(source, key=ways.key, limits=ways.limits)
     found, notes = _find(checkpoint, ways, shapes)
+    found = replace(found, items=tuple(_within(item, ways.limits) for item in found.items))
     told = (*checkpoint.notes, *notes, *found.notes)
     return Found(found, str(source), checkpoint.format, told, checkpoint)
+
+
+def _within(item: Region | Skipped, limits: Limits) -> Region | Skipped:
+    """Return an operator, or why none of its size is computed with."""
+    if isinstance(item, Skipped):
+        return item
+    try:
+        for side, shape in (("input", item.in_shape), ("output", item.out_shape)):
+            limits.check("operator_entries", math.prod(shape or ()), f"its {side} of shape {shape}")
+    except LimitExceeded as error:
+        return Skipped(
+            item.key,
+            item.kind,
+            item.weights,
+            item.weight_shapes,
+            f"{error} ({error.hint})",
+            operators=item.operators,
+        )
+    return item
 
 
 def _find(

@@ -33,6 +33,7 @@ class Limits:
         model_fields: Protobuf fields of an ONNX model.
         nodes: Nodes of a program's graph, bodies and inlined functions included.
         code_bytes: Bytes of the code of a TorchScript archive.
+        operator_entries: Entries of one operator's input or output; what asks for more is a skipped row.
     """
 
     tensor_bytes: int = 16 * 2**30
@@ -53,6 +54,7 @@ class Limits:
     model_fields: int = 5_000_000
     nodes: int = 250_000
     code_bytes: int = 2**20
+    operator_entries: int = 2**28
 
     def check(self, name: str, amount: int, what: str) -> None:
         """Refuse ``amount`` of something if it exceeds the limit called ``name``.

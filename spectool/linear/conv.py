@@ -8,7 +8,7 @@ import torch
 
 from spectool.errors import OperatorError
 from spectool.linear.geometry import ConvGeometry
-from spectool.linear.memory import check_entries
+from spectool.linear.memory import check_memory
 from spectool.linear.padding import check_padding
 from spectool.linear.scaling import all_finite, check_real, chunks, power_of_two, scaled_weight
 from spectool.linear.window import Window
@@ -72,8 +72,8 @@ class ConvMap:
             channels = weight.shape[0]
         rows, columns = (channels, in_shape[0]) if geometry.transposed else (in_shape[0], channels)
         padded = [max(length, length + sum(sides)) for length, sides in zip(wide, pads, strict=True)]
-        check_entries("a padded input", (rows, *padded))
-        check_entries("an output", (columns, *narrow))
+        check_memory("a padded input", self.device, (rows, *padded))
+        check_memory("an output", self.device, (columns, *narrow))
         for length, (lead, trail) in zip(wide, pads, strict=True):
             check_padding(length, lead, trail, geometry.padding_mode)
         self.out_shape = (int(channels), *m)

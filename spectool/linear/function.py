@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from spectool.errors import OperatorError
-from spectool.linear.memory import check_entries
+from spectool.linear.memory import check_memory
 from spectool.linear.scaling import to_double
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -71,7 +71,7 @@ class FunctionMap:
         self.function, self.remake, self.identity = function, remake, identity
         self.dtype, self.device = dtype, torch.device(device)
         self.in_shape = tuple(int(n) for n in in_shape)
-        check_entries("an input", self.in_shape)
+        check_memory("an input", self.device, self.in_shape)
         self._frozen = _freeze(function)
         self._forward: dict[int, tuple[Push, int]] = {}  # batch size → forward, times used
         self._backward: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

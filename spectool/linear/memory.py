@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from spectool.errors import OperatorError
 
-#: Entries of one input (padding included) or output past which nothing is computed: 1 GiB in float32. A file of a
-#: few bytes can state any size.
-MOST_ENTRIES = 1 << 28
+_LITTLE = 1 << 28
+"""Bytes that are not worth asking the system about."""
+VECTORS = 40
+"""Vectors in float32, of the size of the larger side, that computing one singular value takes about; measured: 34."""
+
 _SAYINGS = (
     "can't allocate memory",
     "out of memory",
@@ -19,23 +24,63 @@ _SAYINGS = (
 )
 
 
-def check_entries(what: str, *shapes: Sequence[int]) -> None:
-    """Refuse shapes that no computation should begin with.
+def check_memory(what: str, device: torch.device | str, *shapes: Sequence[int]) -> None:
+    """Refuse shapes for whose vectors there is not enough memory: a file of a few bytes can state any size.
+
+    Without this a system that grants more than it has would end the program in the middle of its work.
 
     Args:
         what: What has them, for the message.
+        device: Where to compute.
         *shapes: Shapes without the batch axis.
 
     Raises:
-        OperatorError: If one has more than ``MOST_ENTRIES`` entries.
+        OperatorError: If ``VECTORS`` vectors of one of them take more than what is available.
     """
-    for shape in shapes:
-        count = math.prod(shape)
-        if count > MOST_ENTRIES:
-            raise OperatorError(
-                f"{what} of shape {tuple(shape)} has {count:,} entries, more than the {MOST_ENTRIES:,} computed with",
-                hint="give a smaller input size",
-            )
+    count, shape = max(((math.prod(shape), tuple(shape)) for shape in shapes), default=(0, ()))
+    need = VECTORS * 4 * count
+    if need < _LITTLE:
+        return
+    there = available_bytes(device)
+    if there is not None and need > there:
+        raise OperatorError(
+            f"{what} of shape {shape}: {count:,} entries take about {need / 1e9:,.1f} GB to compute with, "
+            f"and {there / 1e9:,.1f} GB are available",
+            hint="give a smaller input size",
+        )
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Return how much memory can still be used on a device; None where that cannot be told."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [amount for amount in (_system(), _container()) if amount is not None]
+    return min(found, default=None)
+
+
+def _system() -> int | None:
+    """What Linux counts as available without swapping."""
+    for line in _text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container() -> int | None:
+    """What the process's control group has left; what it keeps of files can be dropped."""
+    most, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if not (most.isdigit() and used.isdigit()):
+        return None
+    lines = (line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
+    kept = sum(int(amount) for name, amount in lines if name in ("active_file", "inactive_file"))
+    return max(0, int(most) - int(used) + kept)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 @contextmanager

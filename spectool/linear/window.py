@@ -21,6 +21,9 @@ _TRANSPOSED: dict[int, Callable[..., Any]] = {
 _FEW_CHANNELS = (
     8  # up to here oneDNN's float32 deconvolution pads the channels it writes; see _scatter_phases
 )
+_PATCH_BYTES = 1 << 28
+"""Memory that one call may fill with patches: where no faster kernel serves (float64 on a CPU), torch copies what every
+position of the whole batch reads."""
 
 
 class Window:
@@ -89,6 +92,17 @@ class Window:
         even = all(lead == trail >= 0 for lead, trail in self._room)
         self._room_native = tuple(lead for lead, _ in self._room) if even else None
 
+        # Going back, the flipped kernel reads as many patches as the input has positions, of the output's channels.
+        taps, size = math.prod(weight.shape[2:]), torch.finfo(dtype).bits // 8
+        self._patch_bytes = (
+            taps
+            * size
+            * max(
+                weight.shape[1] * self._groups * math.prod(narrow),
+                weight.shape[0] * math.prod(self._padded),
+                1,
+            )
+        )
         few = weight.shape[1] <= _FEW_CHANNELS and geometry.groups == 1 and max(geometry.dilation) == 1
         if max(self._stride) == 1:
             self._scatter = self._scatter_flipped
@@ -99,6 +113,20 @@ class Window:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve ``(b, wide channels, *wide)`` to ``(b, narrow channels, *narrow)``."""
+        return self._in_parts(self._gather, x)
+
+    def scatter(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply the adjoint of ``gather``."""
+        return self._in_parts(self._scatter, y)
+
+    def _in_parts(self, apply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Apply to as many elements of the batch at a time as patches have room for."""
+        most = max(1, _PATCH_BYTES // self._patch_bytes)
+        if len(x) <= most:
+            return apply(x)
+        return torch.cat([apply(x[begin : begin + most]) for begin in range(0, len(x), most)])
+
+    def _gather(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _CONV[self._dims](
             pad(x, self._by_hand, self._mode) if self._any_by_hand else x,
             self._form("plain", _same),
@@ -109,10 +137,6 @@ class Window:
             self._groups,
         )
         return y
-
-    def scatter(self, y: torch.Tensor) -> torch.Tensor:
-        """Apply the adjoint of ``gather``."""
-        return self._scatter(y)
 
     def _scatter_flipped(self, y: torch.Tensor) -> torch.Tensor:
         """Stride 1: the adjoint is a convolution with the kernel flipped; up to 2× faster than transposed."""

@@ -21,7 +21,7 @@ from spectool.linear import (
     MatrixMap,
     identity,
 )
-from spectool.linear.memory import check_entries, enough_memory
+from spectool.linear.memory import check_memory, enough_memory
 from spectool.linear.scaling import largest
 from spectool.lower.replay import Load, constant_names, remake_region, run
 from spectool.lower.separable import may_separate, separable_map
@@ -60,8 +60,7 @@ def lower(
     Raises:
         OperatorError: If no rule exists and the region cannot be replayed, or if it is too large.
     """
-    check_entries("an input", region.in_shape or ())
-    check_entries("an output", region.out_shape or ())
+    check_memory("an operator", device, region.in_shape or (), region.out_shape or ())
     closed = _closed_form(region, load, dtype, device)
     if closed is not None:
         return closed

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 PROMISE = 1e-6
 """Accuracy that is promised, relative to σ₁; what is smaller than this is as good as zero."""
 
+_CHUNK = 1 << 15
+"""Columns that are turned at a time."""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -54,25 +57,27 @@ def polish(gram: Gram, vectors: torch.Tensor) -> Pairs:
         gram: The operator in its highest precision (``Gram.double``).
         vectors: Linearly independent rows ``(p, size)``.
     """
-    rows = wide(vectors).to(gram.device)
-    basis = torch.linalg.qr(rows.T).Q
-    image = wide(gram.forward(basis.T))
+    hidden = is_hidden(gram)
+    basis = torch.linalg.qr(wide(vectors).to(gram.device).T).Q.T
+    image = wide(gram.forward(basis))
+    sample = sample_span(gram, basis, image, gram.forward) if hidden else 0.0
     # QR first: its Q is orthonormal even where M maps a vector to zero, which an SVD of the image alone is not
     # bound to be; the left vectors of zero singular values then really are orthogonal to the others.
     q, r = torch.linalg.qr(image.T)
     u, values, wt = torch.linalg.svd(r)
-    left = (q @ u[:, : len(values)]).T
-    right = (basis @ wt.T).T
+    left = _turned(q.T, u.T[: len(values)])
+    defect = _distances(wt, image, values, left)
+    del q, image  # on a large map every one of these is what memory is needed for
+    right = _turned(basis, wt)
     back = wide(gram.backward(left))
-    remainder = back - values[:, None] * right
-    defect = torch.linalg.vector_norm(wt @ image - values[:, None] * left, dim=1)
+    if hidden:
+        sample = max(sample, sample_span(gram, left, back, gram.backward))
+    remainder = torch.addcmul(back, values[:, None], right, value=-1.0)
+    del back
     scale = float(values[0]) if len(values) else 0.0
     # One application for the image, one for the remainder, and O(p) rotations in float64.
     own = 16.0 * len(values) * torch.finfo(torch.float64).eps * scale
-    if is_hidden(gram):
-        sample = max(
-            sample_span(gram, basis.T, image, gram.forward), sample_span(gram, left, back, gram.backward)
-        )
+    if hidden:
         seen = SAFETY * sample
         # A sample holds the errors of p vectors and of a mixture as long as all of them.
         accuracy = own + USUAL * sample / math.sqrt(2.0 * len(values))
@@ -80,3 +85,22 @@ def polish(gram: Gram, vectors: torch.Tensor) -> Pairs:
         return Pairs(values, right, left, remainder, defect, rounding, accuracy, seen)
     rounding = rounding_unit(gram) * scale + own + noise(gram)
     return Pairs(values, right, left, remainder, defect, rounding, rounding, 0.0)
+
+
+def _turned(rows: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Return turn · rows, written over ``rows``."""
+    for begin in range(0, rows.shape[1], _CHUNK):
+        part = rows[:, begin : begin + _CHUNK]
+        part[: len(turn)] = turn @ part
+    return rows[: len(turn)]
+
+
+def _distances(
+    turn: torch.Tensor, image: torch.Tensor, values: torch.Tensor, left: torch.Tensor
+) -> torch.Tensor:
+    """Return the norms of the rows of turn · image − values · left."""
+    squares = torch.zeros_like(values)
+    for begin in range(0, image.shape[1], _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        squares += (turn @ image[:, part] - values[:, None] * left[:, part]).square().sum(dim=1)
+    return squares.sqrt()

@@ -29,6 +29,9 @@ BASIS = 24
 BASIS_MOST = 160
 """Rows the basis may grow to on a stall."""
 
+BASIS_BYTES = 1 << 31
+"""Memory it may grow to then."""
+
 SPARE = 4
 """Most Ritz vectors beyond the k-th that a search hands on. Each costs a pair in the polish."""
 
@@ -114,7 +117,8 @@ def search(
     """
     space = gram.size - len(known)
     capacity = min(max(2 * aim.k + 6 * block, BASIS), space)
-    most = min(max(2 * capacity, BASIS_MOST), space)
+    room = BASIS_BYTES // (gram.size * torch.finfo(gram.dtype).bits // 8)
+    most = max(capacity, min(max(2 * capacity, BASIS_MOST), space, room))
     krylov = Krylov(gram, known, capacity, block, source, start=start)
     level = log_inverse_delta(gram.size, CEILING_SHARE * FAILURE)
     target = (1.0 + aim.excess) ** 2

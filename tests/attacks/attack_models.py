@@ -352,6 +352,7 @@ ATTACKS = [
     ),
     Attack("onnx window with a stride of 0", saved(conv(strides=[0, 0])), clip=4),
     Attack("onnx window with a dilation of 2^62", saved(conv(dilations=[2**62, 2**62]))),
+    Attack("onnx window with a padding of 2^40", saved(conv(pads=[2**40] * 4)), clip=4),
     Attack("onnx window with a million groups", saved(conv(group=10**6)), clip=4),
     Attack("onnx window with negative groups", saved(conv(group=-1)), clip=4),
     Attack(
