@@ -303,3 +303,22 @@ def test_a_file_of_8_bit_floats_is_analysed_and_clipped(tmp_path: Path, dtype: t
 def test_complex_kernels_are_refused_at_any_size() -> None:
     with pytest.raises(OperatorError, match="complex"):
         supremum(InfiniteConv(torch.ones(1, 1, 1, 1, dtype=torch.complex64), ConvGeometry.plain(2)))
+
+
+def test_a_stated_output_that_its_weight_cannot_give_is_not_cut_from_it(tmp_path: Path) -> None:
+    """Recursion without end: rows that the weight does not have became a part that is all of it."""
+    first, second = om.weights(24, 32, seed=1), om.weights(10, 24, seed=2)
+    nodes = [om.node("Gemm", "x v", "h", transB=1), om.node("Gemm", "h w", "y", transB=1)]
+    body = om.graph(nodes, {"x": (1, 32)}, "y", {"v": first, "w": second})
+    # Without a known version nothing is inferred, and what the file states is all that is known.
+    model = om.model(body, opset=0)
+    model.graph.ClearField("output")
+    model.graph.output.append(helper.make_tensor_value_info("y", 1, (1, 64)))
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    rows = {row.layer: row for row in inspect(tmp_path / "net.onnx", k=1).rows}
+    for name, weight in (("v", first), ("w", second)):
+        assert rows[name].sigma[0] == pytest.approx(np.linalg.norm(weight.astype(np.float64), 2), rel=1e-6)
+    composed = rows["v + w"]
+    assert composed.status != "ok" or composed.sigma[0] == pytest.approx(
+        np.linalg.norm(second.astype(np.float64) @ first.astype(np.float64), 2), rel=1e-6
+    )

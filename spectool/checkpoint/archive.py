@@ -20,6 +20,7 @@ _LOCATOR = struct.Struct("<4sLQL")
 _LONGEST_TAIL = _END.size + (1 << 16)
 _ENCRYPTED = 1
 _UTF8 = 1 << 11
+_FOLDER = 0x10  # of the attributes that MS-DOS gave files
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Archive:
         limits: Bounds on the directory.
 
     Raises:
-        CorruptFile: If the directory is damaged, or if records overlap, repeat a name, are encrypted or have
-            names that leave the archive.
+        CorruptFile: If the directory is damaged, or if records overlap, repeat a name, are encrypted, call themselves
+            folders or have names that leave the archive.
         LimitExceeded: If there are too many records.
     """
 
@@ -155,6 +156,11 @@ class Archive:
         if info.flag_bits & _ENCRYPTED:
             raise CorruptFile(
                 f"{path}: {what} is encrypted", hint="unpack it with its password and save it again"
+            )
+        if info.file_size and (info.external_attr & _FOLDER or info.filename.endswith("/")):
+            raise CorruptFile(
+                f"{path}: {what} is marked as a folder and holds {info.file_size} bytes",
+                hint="torch reads nothing of it, and leaves a tensor to chance: save it again with torch.save",
             )
         # The encoding zipfile decoded the name with: bit 11 says UTF-8, else it is cp437.
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")

@@ -210,8 +210,11 @@ def _restricted(context: Context, node: Node, channels: Sequence[int], factor: f
     sizes = context.constant_shape(weight)
     transposed = op.geometry.transposed if isinstance(op, Conv) else op.transposed
     axis = 1 if transposed else 0
-    if len(channels) == sizes[axis] * (op.geometry.groups if isinstance(op, Conv) and transposed else 1):
+    whole = sizes[axis] * (op.geometry.groups if isinstance(op, Conv) and transposed else 1)
+    if len(channels) == whole:
         return replace(node, op=op)
+    if max(channels, default=0) >= whole:
+        return None  # the file states an output that is larger than its weight gives
     if isinstance(op, Conv) and op.geometry.groups != 1:
         return None
     blocks: tuple[Block, ...] = tuple(

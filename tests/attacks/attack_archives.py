@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from attack import WEIGHT, Attack, checkpoint, state, zip_bytes
+from attack import WEIGHT, Attack, checkpoint, state, text, zip_bytes
 
 HONEST: Mapping[str, bytes] = {"net/data.pkl": state(), "net/data/0": WEIGHT.tobytes(), "net/version": b"3\n"}
 Change = Callable[[bytes], bytes]
@@ -215,6 +215,20 @@ ATTACKS = [
         refused="needs a storage of 16 elements; its record has 60 bytes",
     ),
     Attack("zip with an encrypted record", changed(field(b"net/data/0", 8, b"\1\0")), refused="is encrypted"),
+    Attack(
+        "zip with a storage that is marked as a folder",
+        changed(field(b"net/data/0", 38, b"\x10")),
+        refused="is marked as a folder and holds 64 bytes",
+    ),
+    Attack(
+        "zip with a storage that is named as a folder",
+        built(
+            lambda: zip_bytes(
+                {"net/data.pkl": state().replace(text("0"), text("0/")), "net/data/0/": WEIGHT.tobytes()}
+            )
+        ),
+        refused="the zip archive has no record .data/0/.",
+    ),
     Attack(
         "zip with an unknown compression",
         changed(field(b"net/data/0", 10, b"\x63\0")),

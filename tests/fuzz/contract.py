@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import INPUTS, Case
+from .differ import differences
 from .guard import Guard
 
 #: Memory that reading may take besides twice the file.
@@ -125,6 +126,9 @@ class Bench:
                 outcome.findings.append(
                     Finding("readback", "clip", f"what was written is refused with {code}")
                 )
+        if case.target and outcome.codes["ls"] == 0:
+            # By now every command has taken notes of what happened; the ordinary loaders may do as they like.
+            outcome.findings += [Finding("differs", "ls", text) for text in differences(path)]
         outcome.seconds = time.process_time() - began
         return outcome
 
