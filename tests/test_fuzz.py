@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import onnx_models as om
 import pytest
 import torch
 from fuzz.corpus import ROOT, corpus
+from fuzz.differ import differences
 from fuzz.guard import Guard
 from fuzz.mutate import mutant, steps_of
 from fuzz.run import Worker, minimise, plan
@@ -113,6 +115,7 @@ def test_a_finding_is_reduced_to_the_step_that_matters() -> None:
 def test_the_guard_notes_what_a_reader_may_not_do(tmp_path: Path) -> None:
     code = """
 import os, pathlib, pickle, socket, subprocess, sys
+from fuzz.differ import differences
 from fuzz.guard import Guard
 out = pathlib.Path(sys.argv[1])
 guard = Guard(out)
@@ -322,3 +325,43 @@ def test_a_stated_output_that_its_weight_cannot_give_is_not_cut_from_it(tmp_path
     assert composed.status != "ok" or composed.sigma[0] == pytest.approx(
         np.linalg.norm(second.astype(np.float64) @ first.astype(np.float64), 2), rel=1e-6
     )
+
+
+# --- the ordinary loaders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", ["pt", "legacy.pt", "safetensors", "onnx"])
+def test_what_ordinary_loaders_see_otherwise_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
+    honest = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+
+    def saved(name: str, state: dict[str, torch.Tensor]) -> Path:
+        path = tmp_path / f"{name}.{container}"
+        if container == "safetensors":
+            save_file(state, path)
+        elif container == "onnx":
+            tensors = {key: value.numpy() for key, value in state.items()}
+            body = om.graph([om.node("Gemm", "x w b", "y", transB=1)], {"x": (1, 3)}, "y", tensors)
+            path.write_bytes(om.model(body).SerializeToString())
+        else:
+            torch.save(state, path, _use_new_zipfile_serialization=container == "pt")
+        return path
+
+    path = saved("honest", honest)
+    assert differences(path) == []
+    others = {
+        "the values of 'w' differ": {**honest, "w": honest["w"] + 1},
+        "the shape of 'w'": {**honest, "w": honest["w"].T.contiguous()},
+        "the type of 'b'": {**honest, "b": honest["b"].double()},
+    }
+    if container != "onnx":
+        others["'w'"] = {"b": honest["b"]}
+        others["'more'"] = {**honest, "more": torch.ones(1)}
+    for text, state in others.items():
+        # What spectool would say if it took the file for another one.
+        seen = dataclasses.replace(open_checkpoint(saved("other", state)), path=path)
+        with monkeypatch.context() as patch:
+            patch.setattr("spectool.ls", lambda _, seen=seen: seen)
+            found = differences(path)
+        assert any(text in line for line in found), (text, found)
