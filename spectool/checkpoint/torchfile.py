@@ -31,15 +31,17 @@ def open_torch_zip(archive: Archive, limits: Limits, key: str | None) -> Checkpo
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
         NothingToAnalyse, UsageError: As ``Nest.choose``.
     """
-    root = unpickle_record(archive, "data.pkl", limits)
+    root = unpickle_record(archive, "data.pkl", limits, agreeing({}))
     return assemble(archive.source, "torch-zip", root, zip_locator(archive, "data", limits), limits, key)
 
 
-def unpickle_record(archive: Archive, name: str, limits: Limits) -> Any:
+def unpickle_record(
+    archive: Archive, name: str, limits: Limits, persistent: Callable[[Any], Any] | None = None
+) -> Any:
     """Return the inert contents of one pickle record of a torch archive."""
     data = archive.read(name, "pickle_bytes")
     what = f"{archive.source.path}: record {name!r}"
-    return unpickle(io.BytesIO(data), what, limits, storage_of)
+    return unpickle(io.BytesIO(data), what, limits, persistent or storage_of)
 
 
 def zip_locator(archive: Archive, folder: str, limits: Limits) -> Callable[[Storage], Place]:
@@ -90,6 +92,28 @@ def storage_of(identity: Any) -> Any:
     return Storage(STORAGE_CLASSES[name], key, numel)
 
 
+def agreeing(storages: dict[str, Storage]) -> Callable[[Any], Any]:
+    """Return ``storage_of`` for ``torch.load``, which takes a storage for what it was called first.
+
+    Args:
+        storages: Receives the storages by their keys.
+    """
+
+    def persistent(identity: Any) -> Any:
+        """Raises: ValueError: Also if a storage is called something else than before."""
+        value = storage_of(identity)
+        if isinstance(value, Storage):
+            first = storages.setdefault(value.key, value)
+            if (first.dtype, first.numel) != (value.dtype, value.numel):
+                raise ValueError(
+                    f"storage {value.key[:40]!r} is {brief(value.numel)} elements of {value.dtype} here and "
+                    f"{brief(first.numel)} of {first.dtype} elsewhere"
+                )
+        return value
+
+    return persistent
+
+
 def is_legacy(head: bytes) -> bool:
     """Tell whether a file begins like one of torch before 1.6."""
     return head[:1] == b"\x80" and LEGACY_MAGIC in head[:64]
@@ -107,13 +131,6 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
     """
     path = source.path
     storages: dict[str, Storage] = {}
-
-    def persistent(identity: Any) -> Any:
-        value = storage_of(identity)
-        if isinstance(value, Storage):
-            storages.setdefault(value.key, value)
-        return value
-
     with source.stream(limits, "pickle_bytes") as stream:
         tape = cast(BinaryIO, _Tape(stream, f"{path}: its pickles", limits))
         unpickle(tape, f"{path}: the magic number", limits)
@@ -122,7 +139,7 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
                 f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch"
             )
         unpickle(tape, f"{path}: the system facts", limits)
-        root = unpickle(tape, f"{path}: the object", limits, persistent)
+        root = unpickle(tape, f"{path}: the object", limits, agreeing(storages))
         keys = unpickle(tape, f"{path}: the storage keys", limits)
         position = tape.tell()
     if not (isinstance(keys, list) and all(isinstance(name, str) for name in keys)):
