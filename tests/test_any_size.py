@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 from layers import conv, gaussian, geometry, sigma_of
 
+import spectool
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
 from spectool.spectrum import supremum
 from spectool.spectrum.any_size import any_size, enclose_supremum
 from spectool.spectrum.symbol import LARGE_SIDE
 
+plain = ConvGeometry.plain(1)
 module = importlib.import_module("spectool.spectrum.any_size")
 
 
@@ -177,3 +180,42 @@ def test_a_nearly_flat_symbol_is_searched_some_cells_at_a_time(monkeypatch: pyte
     truth = float(torch.linalg.matrix_norm(symbol, ord=2).max())  # on a grid: a lower bound of the supremum
     assert truth <= parts.upper
     assert parts.lower == pytest.approx(whole.lower, rel=1e-6)
+
+
+def test_smallest_numbers_are_enclosed_and_largest_refused() -> None:
+    least = 5e-324
+    found = supremum(InfiniteConv(least * torch.tensor([[[3.0, -2.0, 1.0]]], dtype=torch.float64), plain))
+    assert found.lower[0] < 6 * least < found.upper[0]
+    assert found.lower[0] >= 4 * least
+    near = torch.full((2, 2, 3), 2e307, dtype=torch.float64)
+    assert supremum(InfiniteConv(near, plain)).values[0] == pytest.approx(1.2e308)
+    with pytest.raises(OperatorError, match="beyond float64's range"):
+        supremum(InfiniteConv(4 * near, plain))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "norm"), [(1e-160, 1e-160), (1e-100, 1e-250), (1e-30, 1e-290), (1e160, 1e160), (1e-300, 1e300)]
+)
+def test_products_of_unknown_size_are_enclosed_or_refused(tmp_path: Path, kernel: float, norm: float) -> None:
+    """0 and 7e-320, five hundredths of a percent off, were given as exact."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
+    gamma = 0.5 + torch.rand(3, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    state = {
+        "conv.weight": kernel * weight, "bn.weight": norm * gamma, "bn.bias": zeros, "bn.running_mean": zeros,
+        "bn.running_var": 1 + zeros,
+    }  # fmt: skip
+    torch.save(state, tmp_path / "net.pt")
+    report = spectool.inspect(tmp_path / "net.pt", k=1, assume_bn=True)
+    row = next(row for row in report.rows if row.level == "composed")
+    angles = np.exp(1j * np.linspace(0, 2 * np.pi, 4001)[:, None] * np.arange(3))
+    scaled = weight.numpy() * (gamma.numpy() / math.sqrt(1 + 1e-5))[:, None, None]
+    truth = np.linalg.svd(np.einsum("oik,ak->aoi", scaled, angles), compute_uv=False).max()
+    if kernel * norm < 1e-300 or kernel * norm > 1e300:
+        assert row.status == "skipped"
+        assert "leaves the range of float64" in row.note
+    else:
+        assert row.sigma_lower[0] <= truth * kernel * norm * (1 + 1e-6)
+        assert row.sigma_upper[0] >= truth * kernel * norm
+        assert row.sigma[0] == pytest.approx(truth, rel=1e-5)

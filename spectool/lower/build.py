@@ -195,7 +195,14 @@ def _unsized(
         for node in nodes[1:]:
             if not isinstance(node.op, BatchNorm):
                 return None
-            weight = _scale_outputs(weight, head.op, _scale(node, load))
+            scale = _scale(node, load)
+            folded = _scale_outputs(weight, head.op, scale)
+            touching = bool(_scale_outputs(weight != 0, head.op, scale != 0).any())
+            small = _fades(scale, node, load) or (touching and largest(folded) < _FADING)
+            large = bool(folded.isinf().any()) and bool(weight.isfinite().all() and scale.isfinite().all())
+            if small or large:
+                raise OperatorError("the product of kernel and batch norm leaves the range of float64")
+            weight = folded
         return [InfiniteConv(weight, head.op.geometry)]
     if isinstance(head.op, (Linear, Embedding)):
         matrices: list[LinearMap] = []

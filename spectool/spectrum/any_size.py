@@ -19,6 +19,7 @@ grid one axis at a time; it is used for the first grid.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from math import gcd, pi, prod
 
@@ -76,7 +77,7 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
 
     Raises:
         UsageError: If ``tol`` is not between 0 and 1.
-        OperatorError: If weights are NaN, infinite or complex.
+        OperatorError: If weights are NaN, infinite or complex, or σ₁ is beyond float64's range.
 
     Example:
         >>> found = supremum(InfiniteConv(torch.tensor([[[1.0, -1.0]]]), ConvGeometry.plain(1)))
@@ -90,6 +91,10 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     if bad:
         raise OperatorError(f"{bad} of {conv.weight.numel()} weights are NaN or infinite")
     found = enclose_supremum(conv.weight, conv.geometry, tol=tol)
+    if not math.isfinite(found.best):
+        raise OperatorError(
+            "the largest singular value is beyond float64's range", hint="look at its weights"
+        )
     return Spectrum(
         values=(found.best,),
         lower=(found.lower,),
@@ -138,6 +143,8 @@ def enclose_supremum(
     kernel = grouped(weight, geometry.groups).double() / scale
     found = _search(polynomial(_trimmed(kernel), stride), tol, effort)
     lower, upper = found.lower * scale * (1 - 2 * EPS), found.upper * scale * (1 + 2 * EPS)
+    if upper < sys.float_info.min:  # down there rounding is no longer relative
+        lower, upper = max(0.0, math.nextafter(lower, 0.0)), math.nextafter(upper, math.inf)
     return Enclosure(lower, found.best * scale, upper, found.evaluations, found.tight)
 
 
