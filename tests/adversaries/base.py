@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from dense import Matrix
 
-from spectool.linear import LinearMap
+from spectool.linear import InfiniteConv, LinearMap
 
 T = TypeVar("T")
 EPS = 2.0**-52
@@ -60,7 +60,7 @@ class Adversary:
     """
 
     text: str
-    build: Callable[[torch.dtype], LinearMap]
+    build: Callable[[torch.dtype], LinearMap | InfiniteConv]
     sigma: Matrix
     low: Matrix
     high: Matrix

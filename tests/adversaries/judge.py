@@ -10,7 +10,8 @@ import torch
 
 from adversaries.base import Adversary, Draw
 from spectool.errors import SpectoolError
-from spectool.spectrum import Spectrum, svds
+from spectool.linear import InfiniteConv
+from spectool.spectrum import Spectrum, supremum, svds
 
 PROMISE = 1e-6
 METHODS = ("auto", "exact", "lanczos", "power", "powerqr")
@@ -55,15 +56,20 @@ class Verdict:
 
 def judged(adversary: Adversary, run: Run) -> Verdict:
     """Solve and judge."""
+    built = adversary.build(run.dtype)
     try:
-        found = svds(
-            adversary.build(run.dtype),
-            run.k,
-            method=run.method,  # type: ignore[arg-type]
-            certify=run.certify,
-            seed=run.seed,
-            max_matvecs=run.cap,
-            vectors=run.vectors,
+        found = (
+            supremum(built)
+            if isinstance(built, InfiniteConv)
+            else svds(
+                built,
+                run.k,
+                method=run.method,  # type: ignore[arg-type]
+                certify=run.certify,
+                seed=run.seed,
+                max_matvecs=run.cap,
+                vectors=run.vectors,
+            )
         )
     except SpectoolError as error:
         allowed = "range" in str(error) or "overflow" in str(error) or "in float32" in str(error)

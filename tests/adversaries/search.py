@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from adversaries import compositions, convolutions, large, matrices
+from adversaries import compositions, convolutions, infinite, large, matrices
 from adversaries.base import Adversary, Draw
 from adversaries.judge import Run, Verdict, judged
 
@@ -15,7 +15,7 @@ Family = Callable[[Draw], Adversary | None]
 
 FAMILIES: dict[str, Family] = {
     family.__name__: family
-    for module in (matrices, compositions, convolutions, large)
+    for module in (matrices, compositions, convolutions, infinite, large)
     for family in module.FAMILIES
 }
 CLIMBS = 12  # tries from one start
