@@ -32,6 +32,7 @@ GROUPS = (
     "pickles",
     "archives",
     "geometry",
+    "readers",
     "headers",
     "models",
     "external",
