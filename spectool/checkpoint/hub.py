@@ -118,11 +118,11 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
     """
     for name in _WEIGHTS:
         if (path / name).is_file():
-            found = open_file(path / name)
-            _check_choice(path, name, found)
+            chosen = open_file(path / name)
+            _check_choice(path, name, chosen)
             other = name.removesuffix(_INDEX) if name.endswith(_INDEX) else f"{name}{_INDEX}"
             notes = (f"ignored {other!r} (beside {name!r})",) if (path / other).is_file() else ()
-            return replace(found, path=path, format="huggingface", notes=(*found.notes, *notes))
+            return replace(chosen, path=path, format="huggingface", notes=(*chosen.notes, *notes))
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
@@ -134,13 +134,13 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
     raise UnrecognisedFormat(f"{path} is a folder without weights under a Hugging Face name", hint=hint)
 
 
-def _check_choice(path: Path, name: str, found: Checkpoint) -> None:
+def _check_choice(path: Path, name: str, chosen: Checkpoint) -> None:
     """Refuse a folder whose configuration makes transformers load another file.
 
     Raises:
         UnrecognisedFormat: If it does; the hint names the file.
     """
-    config = found.metadata.get("config")
+    config = chosen.metadata.get("config")
     meant = config.get("transformers_weights") if isinstance(config, dict) else None
     if meant is not None and meant != name:
         raise UnrecognisedFormat(

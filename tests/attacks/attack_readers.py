@@ -281,7 +281,6 @@ ATTACKS = [
             text("a") + FIRST,
             "big",
         ),
-        clip=4,
     ),
     Attack(
         "zip with the record 'net/ByteOrder'",
