@@ -16,7 +16,7 @@ from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse, UnrecognisedFormat
 
 _INDEX = ".index.json"
-#: What a Hugging Face folder's weights are called, best first. Where both are there, transformers takes the single file,
+#: What a Hugging Face folder's weights are called, best first. Of both, transformers takes the single file,
 #: diffusers the index.
 _WEIGHTS = tuple(
     f"{stem}{suffix}{part}"
