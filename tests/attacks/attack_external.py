@@ -51,7 +51,6 @@ ATTACKS = [
     Attack("onnx data at an absolute path", external("HOME/net.data"), refused=OUTSIDE),
     Attack("onnx data above it, by backslashes", external("..\\net.data"), refused=OUTSIDE),
     Attack("onnx data in two files", in_two_files, refused="could lie in two files"),
-    Attack("onnx data in a folder, by a backslash", external("data\\net.data", place="model/data/net.data")),
     Attack("onnx data on a drive", external("C:\\net.data"), refused=OUTSIDE),
     Attack("onnx data above it by way of a folder", external("a/../../net.data"), refused=OUTSIDE),
     Attack("onnx data by a link that leads out", linked, refused=OUTSIDE),

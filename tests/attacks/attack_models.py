@@ -54,26 +54,6 @@ def chain(op: str, count: int) -> Callable[[], Any]:
     return make
 
 
-def long_names(count: int, length: int) -> Any:
-    """A chain of which every value is an output: each region of it repeats the names of all operators in it."""
-    name = "w" * length
-    weight = numpy_helper.from_array(WEIGHT, name)
-    nodes = [helper.make_node("MatMul", [f"v{n}" if n else "x", name], [f"v{n + 1}"]) for n in range(count)]
-    return model(graph(nodes, [weight], " ".join(f"v{n + 1}" for n in range(count))))
-
-
-def in_place_of(op: str, domain: str) -> Callable[[], Any]:
-    """A function with the name of a standard operation, which doubles what that gives."""
-
-    def make() -> Any:
-        nodes = [helper.make_node("Add", ["b", "b"], ["c"]), helper.make_node("Gemm", ["a", "c"], ["d"])]
-        imports = [helper.make_opsetid("", 17)]
-        double = helper.make_function(domain, op, ["a", "b"], ["d"], nodes, imports)
-        return model(graph([product()]), functions=[double])
-
-    return make
-
-
 def empty_nodes(count: int) -> Callable[[bytes], bytes]:
     """Nodes of two bytes each in the graph: a parser makes a hundred of them."""
 
@@ -267,12 +247,6 @@ ATTACKS = [
     Attack(
         "onnx output that is missing", saved(lambda: model(graph([product()], [], "y gone"))), lost=UNWRITTEN
     ),
-    Attack(
-        "onnx chain of outputs with long names",
-        saved(lambda: long_names(200, 50_000)),
-        seconds=160,
-        slow=True,
-    ),
     Attack("onnx chain of 2000 nodes", saved(chain("Identity", 2_000))),
     Attack(
         "onnx graph of many nodes",
@@ -323,14 +297,6 @@ ATTACKS = [
         "onnx functions that call each other",
         saved(functions({"f": ["g"], "g": ["f"]}, "f")),
         refused="calls itself",
-    ),
-    *(
-        Attack(
-            f"onnx function in place of MatMul of {domain or 'no domain'}",
-            saved(in_place_of("MatMul", domain)),
-            lost="has the name of the standard operation MatMul",
-        )
-        for domain in ("", "ai.onnx")
     ),
     Attack("onnx functions of a billion laughs", saved(functions(laughing(9), "f0")), refused="limit nodes"),
     Attack("onnx functions in functions", saved(functions(laughing(2), "f0")), seconds=60),

@@ -35,6 +35,7 @@ GROUPS = (
     "readers",
     "headers",
     "models",
+    "graphs",
     "external",
     "programs",
     "folders",
