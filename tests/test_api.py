@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import spectool
+from spectool.api.job import _cached
 from spectool.errors import NothingToAnalyse, UsageError
+from spectool.graph.types import Survey
 from spectool.progress import Step
 
 MLP = Path(__file__).parent.parent / "sample_models" / "digits_mlp_state.pt"
@@ -160,3 +162,29 @@ def test_devices_agree() -> None:
     there = spectool.inspect(MLP, method="lanczos", k=4, device="cuda")
     for one, two in zip(here.rows, there.rows, strict=True):
         np.testing.assert_allclose(one.sigma, two.sigma, rtol=1e-6)
+
+
+def test_the_cache_of_weights_takes_the_same_time_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding one must not look at all that are held; the oldest go when there are too many."""
+    looked: list[str] = []
+
+    class Held:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @property
+        def nbytes(self) -> int:
+            looked.append(self.name)
+            return 16
+
+    loaded: list[str] = []
+    monkeypatch.setattr("spectool.api.job._CACHE_BYTES", 1600)
+    cache = _cached(Survey((), lambda name: loaded.append(name) or Held(name), "test"))  # type: ignore[func-returns-value, return-value, arg-type]
+    for index in range(1000):
+        cache(str(index))
+    assert len(looked) <= 4000
+    for index in range(900, 1000):
+        cache(str(index))
+    assert len(loaded) == 1000
+    cache("899")
+    assert len(loaded) == 1001

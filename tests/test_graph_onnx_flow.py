@@ -319,3 +319,19 @@ def test_the_maximal_region_is_the_whole_model(
     (item,) = [item for item in survey.items if isinstance(item, Region) and item.maximal]
     assert item.kind.startswith(kind)
     np.testing.assert_allclose(dense(item, survey), jacobian_of(proto), atol=3e-5)
+
+
+def test_regions_whose_names_repeat_too_much_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value is an output, so the n-th region repeats the names of n operators."""
+    names = [f"{index}{'w' * 100}" for index in range(20)]
+    nodes = [node("MatMul", f"{f'v{i}' if i else 'x'} {name}", f"v{i + 1}") for i, name in enumerate(names)]
+    outputs = " ".join(f"v{i + 1}" for i in range(20))
+    made = model(graph(nodes, {"x": (1, 4)}, outputs, {name: weights(4, 4) for name in names}))
+    assert len(summary(survey_of(made, tmp_path))) == 39
+    monkeypatch.setattr("spectool.graph.regions._TOO_LONG_NAMES", 2000)
+    survey = survey_of(made, tmp_path)
+    assert [key for key, _, _ in summary(survey) if "+" not in key] == names
+    assert 20 < len(summary(survey)) < 30
+    assert any("affine regions left out: they overlap too much" in note for note in survey.notes)

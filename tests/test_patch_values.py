@@ -12,7 +12,9 @@ import torch
 from checkpoint_files import same, values
 from patch_tools import FORMS, assert_clean, load, written
 
+import spectool
 from spectool.checkpoint import can_write, open_checkpoint
+from spectool.checkpoint.patch.sharing import sharing
 from spectool.errors import OutputError
 
 
@@ -134,3 +136,28 @@ def test_conjugate_and_foreign_edits(tmp_path: Path) -> None:
     written(path, out, {"c": whole, "w": whole.imag}, force=True)
     assert same(load(out)["c"], whole.resolve_conj())
     assert torch.equal(load(out)["w"], -values((3, 4), seed=2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_who_changes_with_an_edit(tmp_path: Path, form: dict[str, Any]) -> None:
+    """Columns lie between each other without sharing; a row and its matrix share."""
+    whole = values((6, 5))
+    parts = {"whole": whole, "row": whole[2], "left": whole[:, :2], "right": whole[:, 2:], "tied": whole}
+    torch.save({**parts, "apart": values((6, 5))}, tmp_path / "in.pt", **form)
+    checkpoint = open_checkpoint(tmp_path / "in.pt")
+    for edited in ({"left"}, {"whole"}, {"row"}, {"right", "row"}, {"apart"}, {"left", "apart"}, set[str]()):
+        new = {name: torch.zeros_like(checkpoint.read(name)) for name in edited}
+        out = tmp_path / f"{'-'.join(sorted(edited))}.pt"
+        checkpoint.write(out, new)
+        after = load(out)
+        changed = [name for name in checkpoint.tensors if not same(after[name], checkpoint.read(name))]
+        assert [name for name in changed if name not in edited] == list(sharing(checkpoint, edited))
+
+
+def test_a_clip_says_what_else_it_changed(tmp_path: Path) -> None:
+    whole = values((6, 5))
+    torch.save({"whole": whole, "half": whole[:3], "apart": values((3, 5))}, tmp_path / "in.pt")
+    clip = spectool.clip(tmp_path / "in.pt", max=0.5, out=tmp_path / "out.pt", layers=["whole"])
+    assert any(note == "changed, too, where they share bytes: half" for note in clip.report.notes)
+    clip = spectool.clip(tmp_path / "in.pt", max=0.5, out=tmp_path / "apart.pt", layers=["apart"])
+    assert not any("share bytes" in note for note in clip.report.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spectool.api.sources import InputShapes, Ways
 from spectool.checkpoint import write_checkpoint
 from spectool.checkpoint.limits import DEFAULT, Limits
 from spectool.checkpoint.patch.place import destination
+from spectool.checkpoint.patch.sharing import sharing
 from spectool.clip import Options as ClipOptions
 from spectool.clip.project import Method
 from spectool.errors import OutputError, SpectoolError, UsageError
@@ -194,6 +196,9 @@ def clip(
         items = {(item.key, level_of(item)): item for item in job_after.items}
         rows = tuple(run.certified(entry, items, load) for entry in entries)
         report = report_of(job_after.found, [row.row for row in rows], settings, hash=hash)
+    if also := [name for name in sharing(checkpoint, run.edits) if checkpoint.aliases.get(name) is None]:
+        shown = ", ".join(also[:5]) + (", …" if len(also) > 5 else "")
+        report = replace(report, notes=(*report.notes, f"changed, too, where they share bytes: {shown}"))
     return ClipReport(
         rows,
         report,

@@ -137,16 +137,19 @@ def numbered(progress: Progress, key: str, index: int, total: int) -> Progress:
 
 def _cached(found: Survey) -> Callable[[str], torch.Tensor]:
     kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+    held = 0
 
     def load(name: str) -> torch.Tensor:
+        nonlocal held
         if name in kept:
             kept.move_to_end(name)
             return kept[name]
         tensor = found.load(name)
         if tensor.nbytes <= _CACHE_BYTES // 4:
             kept[name] = tensor
-            while sum(held.nbytes for held in kept.values()) > _CACHE_BYTES:
-                kept.popitem(last=False)
+            held += tensor.nbytes
+            while held > _CACHE_BYTES:
+                held -= kept.popitem(last=False)[1].nbytes
         return tensor
 
     return load

@@ -104,6 +104,11 @@ class Archive:
                 f"{path}: the zip archive is damaged or cut short ({error})", hint="copy or download it again"
             ) from error
         self._limits.check("records", len(infos), f"{path}: the zip archive")
+        if infos and all(info.header_offset for info in infos):
+            raise CorruptFile(
+                f"{path}: the zip archive does not begin with one of its records",
+                hint="another reader may take it for a file of another format: save it again with torch.save",
+            )
         for info in infos:
             parts = PurePosixPath(info.filename).parts
             if (
@@ -165,9 +170,12 @@ class Archive:
         # The encoding zipfile decoded the name with: bit 11 says UTF-8, else it is cp437.
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
         header = self.source.read(info.header_offset, _LOCAL.size + len(name), what)
-        signature, *_, name_length, extra_length = _LOCAL.unpack_from(header)
+        signature, _, _, method, *_, name_length, extra_length = _LOCAL.unpack_from(header)
         if signature != b"PK\3\4" or name_length != len(name) or header[_LOCAL.size :] != name:
             raise CorruptFile(f"{path}: {what} is not where the zip directory says", hint="copy it again")
+        if method != info.compress_type:
+            # Such a header can be the beginning of a file of another format.
+            raise CorruptFile(f"{path}: {what} has another compression than the zip directory says")
         start = info.header_offset + _LOCAL.size + name_length + extra_length
         stored = info.compress_type == zipfile.ZIP_STORED
         if stored and info.compress_size != info.file_size:

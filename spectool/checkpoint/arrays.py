@@ -40,7 +40,14 @@ def array_from_state(state: Any) -> Tensor:
 
 
 def frombuffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Tensor:
-    """Return an array pickled by protocol 5: bytes, dtype, shape and ``C`` or ``F``."""
+    """Return an array pickled by protocol 5: bytes, dtype, shape and ``C`` or ``F``.
+
+    Raises:
+        ValueError: If the order is neither, or the bytes do not fit the shape.
+    """
+    if order not in ("C", "F"):
+        # numpy takes other spellings, too; it writes none of them.
+        raise ValueError("an order that is neither C nor F")
     return _array(_octets(data), dtype, integers(shape), order == "F")
 
 
@@ -77,10 +84,14 @@ def _array(data: bytes | None, dtype: Any, shape: tuple[int, ...], fortran: bool
 
 def _type(dtype: Any) -> tuple[str, str]:
     """Return the type code and the byte order of a pickled ``numpy.dtype``."""
-    if not (isinstance(dtype, Foreign) and dtype.args and isinstance(dtype.args[0], str)):
+    if not (isinstance(dtype, Foreign) and dtype.cls == "numpy.dtype" and dtype.args):
         return "", "<"
-    state = dtype.state if isinstance(dtype.state, tuple) else ()
-    return dtype.args[0].lstrip("<>|="), ">" if state[1:2] == (">",) else "<"
+    code = dtype.args[0]
+    if not isinstance(code, str):
+        return "", "<"
+    # The state's order is the one that holds; without a state it is that of the code.
+    state = dtype.state if isinstance(dtype.state, tuple) else (None, code[:1])
+    return code.lstrip("<>|="), ">" if state[1:2] in ((">",), (b">",)) else "<"
 
 
 def _octets(data: Any) -> bytes | None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectool.checkpoint.dtypes import ITEMSIZE, torch_dtype
+from spectool.checkpoint.dtypes import ITEMSIZE, torch_dtype, unit
 from spectool.checkpoint.inert import Storage, Tensor
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.read import check_view, native
@@ -108,6 +108,10 @@ def _ref(
         place = Place(record, -1, 0, len(tensor.storage), tensor.byteorder)
     else:
         place = locate(tensor.storage)
+        if place.byteorder != "little" and unit(tensor.dtype) != unit(tensor.storage.dtype):
+            # torch turns the bytes of the storage's own elements round, which leaves those of the tensor mixed up.
+            bound.unread[name] = f"{place.byteorder}-endian, on a storage of another type"
+            return None
         if tensor.storage.numel * ITEMSIZE[tensor.storage.dtype] > place.nbytes:
             raise CorruptFile(
                 f"{what} needs a storage of {tensor.storage.numel} elements; its record has {place.nbytes} bytes"

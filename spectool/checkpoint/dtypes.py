@@ -176,6 +176,11 @@ NUMPY: dict[str, str] = {
 }
 
 
+def unit(name: str) -> int:
+    """Return how many bytes of type ``name`` keep together when the byte order changes."""
+    return ITEMSIZE[name] // (2 if name.startswith("complex") else 1)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Return the torch type that tensors of type ``name`` are read as.
 

@@ -15,11 +15,14 @@ from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.types import Checkpoint, TensorRef
 from spectool.errors import CheckpointError, CorruptFile, NothingToAnalyse, UnrecognisedFormat
 
-#: What a Hugging Face folder's weights are called, best first.
+_INDEX = ".index.json"
+#: What a Hugging Face folder's weights are called, best first. Of both, transformers takes the single file,
+#: diffusers the index.
 _WEIGHTS = tuple(
-    f"{stem}{suffix}"
+    f"{stem}{suffix}{part}"
     for stem in ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "pytorch_model")
-    for suffix in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+    for suffix in (".safetensors", ".bin")
+    for part in ((_INDEX, "") if stem.startswith("diffusion") else ("", _INDEX))
 )
 _CONFIGS = {"config": "config.json", "adapter_config": "adapter_config.json"}
 
@@ -83,6 +86,13 @@ def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | 
         raise NothingToAnalyse(
             f"{path}: a shard index without a single tensor", hint="name a file that holds weights"
         )
+    for file, shard in shards.items():
+        for name in shard.tensors.keys() | shard.unread.keys():
+            if places.get(name, file) != file:
+                raise CorruptFile(
+                    f"{path}: tensor {name!r} stands in shard {file!r}, too, not only in {places[name]!r}",
+                    hint="which of them a reader takes is not said: download index and shards again",
+                )
     extra = sum(name not in places for shard in shards.values() for name in shard.tensors)
     notes = (f"{extra} tensors of the shards are not in the index: left out",) if extra else ()
     kinds = {shard.format for shard in shards.values()}
@@ -108,7 +118,11 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
     """
     for name in _WEIGHTS:
         if (path / name).is_file():
-            return replace(open_file(path / name), path=path, format="huggingface")
+            chosen = open_file(path / name)
+            _check_choice(path, name, chosen)
+            other = name.removesuffix(_INDEX) if name.endswith(_INDEX) else f"{name}{_INDEX}"
+            notes = (f"ignored {other!r} (beside {name!r})",) if (path / other).is_file() else ()
+            return replace(chosen, path=path, format="huggingface", notes=(*chosen.notes, *notes))
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
@@ -118,6 +132,21 @@ def open_folder(path: Path, open_file: Open) -> Checkpoint:
     found += [entry.name for entry in entries if entry.name.endswith(_SUFFIXES)]
     hint = f"name one of these inside it: {', '.join(found[:8])}" if found else "name a checkpoint file"
     raise UnrecognisedFormat(f"{path} is a folder without weights under a Hugging Face name", hint=hint)
+
+
+def _check_choice(path: Path, name: str, chosen: Checkpoint) -> None:
+    """Refuse a folder whose configuration makes transformers load another file.
+
+    Raises:
+        UnrecognisedFormat: If it does; the hint names the file.
+    """
+    config = chosen.metadata.get("config")
+    meant = config.get("transformers_weights") if isinstance(config, dict) else None
+    if meant is not None and meant != name:
+        raise UnrecognisedFormat(
+            f"{path}: its config.json says that the weights are not {name} but {str(meant)[:200]!r}",
+            hint="name the file itself",
+        )
 
 
 def beside(path: Path, limits: Limits) -> dict[str, Any]:

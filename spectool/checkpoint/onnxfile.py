@@ -312,6 +312,12 @@ def _external(contents: _Contents, key: str, proto: Any) -> tuple[Path, int, int
             f"{path}: external data of tensor {key!r} lies outside the model's folder ({location!r})",
             hint="put the data file beside the model and save the model again",
         )
+    literal = path.parent / location
+    if literal != file and "\\" in location and is_there(literal) and is_there(file):
+        raise CorruptFile(
+            f"{path}: external data of tensor {key!r} could lie in two files ({location!r})",
+            hint="a backslash is part of a name on this system, a folder on Windows: rename the file",
+        )
     if is_there(file) and file.samefile(path):
         raise CorruptFile(
             f"{path}: external data of tensor {key!r} lies in the model itself", hint="save it again"

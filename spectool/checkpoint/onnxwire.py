@@ -9,6 +9,8 @@ from spectool.errors import CorruptFile
 _FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 _VERSION_FIELD, _GRAPH_FIELD, _OPSETS_FIELD = 1, 7, 8
 _MOST_FIELD = 1000
+#: What is read at once, and the most of it that the head of one field takes.
+_BLOCK, _HEAD = 4096, 20
 
 
 def is_onnx(source: Source) -> bool:
@@ -20,10 +22,14 @@ def is_onnx(source: Source) -> bool:
     Raises:
         CorruptFile: If everything fits but the graph ends after the file.
     """
-    position = 0
+    position = first = 0
+    block = b""
     seen: set[int] = set()
     while position < source.size:
-        head = source.read(position, min(20, source.size - position))
+        if position + _HEAD > first + len(block):
+            # Fields of a few bytes can follow each other by the million.
+            first, block = position, source.read(position, min(_BLOCK, source.size - position))
+        head = block[position - first : position - first + _HEAD]
         tag, used = _varint(head)
         number, wire = tag >> 3, tag & 7
         value, more = _varint(head[used:])

@@ -17,7 +17,7 @@ from spectool.checkpoint.script import open_exported, open_torchscript
 from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.torchfile import is_legacy, open_legacy, open_torch_zip
 from spectool.checkpoint.types import Checkpoint
-from spectool.errors import UsageError
+from spectool.errors import CorruptFile, UsageError
 
 #: Containers in which one of several state dicts can be chosen.
 _NESTED = ("torch-zip", "torch-legacy")
@@ -94,6 +94,11 @@ def _open_source(source: Source, key: str | None, limits: Limits, shard: bool) -
 def _open_archive(archive: Archive, key: str | None, limits: Limits) -> Checkpoint:
     names = archive.records
     if "archive_format" in names or "serialized_exported_program.json" in names:
+        if "data.pkl" in names:
+            raise CorruptFile(
+                f"{archive.source.path} is both an exported program and a file of torch.save",
+                hint="each of their loaders finds other weights in it: save the one that is meant again",
+            )
         return open_exported(archive, limits)
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return open_torchscript(archive, limits)

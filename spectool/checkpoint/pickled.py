@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from spectool.checkpoint.inert import BadCall, Foreign, Reference, append_items, set_items
 from spectool.checkpoint.limits import Limits
-from spectool.checkpoint.rebuild import build, call
+from spectool.checkpoint.rebuild import build, call, new_object
 from spectool.errors import CorruptFile
 
 _PUSH = {
@@ -211,11 +211,13 @@ class _Machine:
         args, function = self._stack.pop(), self._stack.pop()
         self._stack.append(call(function, args))
 
-    _op_newobj = _op_reduce
+    def _op_newobj(self, _: Any) -> None:
+        args, cls = self._stack.pop(), self._stack.pop()
+        self._stack.append(new_object(cls, args))
 
     def _op_newobj_ex(self, _: Any) -> None:
         _, args, cls = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        self._stack.append(call(cls, args))
+        self._stack.append(new_object(cls, args))
 
     def _op_inst(self, argument: str) -> None:
         args = tuple(self._take_marked())

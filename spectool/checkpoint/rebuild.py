@@ -49,17 +49,44 @@ def build(target: Any, state: Any) -> None:
     """Give ``target`` its pickled state; only placeholders keep it, and ``__setstate__`` never runs.
 
     Raises:
-        BadCall: If a numpy array has a state it cannot have.
+        BadCall: If a tensor or numpy array has a state it cannot have, or if a state would replace another one.
     """
     if isinstance(target, Foreign):
+        if target.state is not None:
+            # Which of the two holds, or both, only the class knows.
+            raise BadCall(f"an object of {target.cls[:80]} is given its state twice")
         target.state = state
-    elif isinstance(target, Tensor) and target.shell:
-        # Filled in place: the memo may already hold the shell. Very old parameters have a state that begins
-        # with their tensor; numpy arrays have one of their own.
-        old = isinstance(state, tuple) and state and isinstance(state[0], Tensor)
-        filled = state[0] if old else array_from_state(state)
-        target.fill(filled)
-    # Attributes of tensors and ordered dicts (``_metadata`` of a state dict) say nothing about values.
+    elif isinstance(target, Tensor):
+        _build_tensor(target, state)
+    # Attributes of ordered dicts (``_metadata`` of a state dict) say nothing about values.
+
+
+def _build_tensor(target: Tensor, state: Any) -> None:
+    """Fill a shell in place, since the memo may already hold it; torch would put other values into a full tensor."""
+    size = len(state) if isinstance(state, tuple) else 0
+    if not target.shell:
+        # Parameters of torch 0.3: whether it needs a gradient, a flag and hooks.
+        if size != 3:
+            raise BadCall("a tensor is given other contents than it was made with")
+    elif size == 4 and isinstance(state[0], Storage):
+        try:
+            target.fill(_tensor(*state))
+        except ValueError as error:
+            raise BadCall(f"bad state of a tensor: {error}") from error
+    else:
+        # Very old parameters have a state that begins with their tensor; numpy arrays have one of their own.
+        target.fill(state[0] if size and isinstance(state[0], Tensor) else array_from_state(state))
+
+
+def new_object(cls: Any, args: Any) -> Any:
+    """Return the inert result of ``cls.__new__(cls, *args)``: what fills a container is its ``__init__``.
+
+    Raises:
+        BadCall: As ``call``.
+    """
+    if isinstance(cls, Reference) and cls.name in _MADE_EMPTY and isinstance(args, tuple):
+        args = ()
+    return call(cls, args)
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
@@ -97,13 +124,42 @@ def _parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _from_type(function: Any, cls: Any, args: Any, *_: Any) -> Any:
+def _parameter_with_state(data: Any, grad: Any, hooks: Any, state: Any) -> Any:
+    _check_attributes(state)
+    return data
+
+
+def _from_type(function: Any, cls: Any, args: Any, *state: Any) -> Any:
+    _check_attributes(*state)
     return call(function, args)
 
 
+def _check_attributes(state: Any = None) -> None:
+    """Refuse attributes by which torch would put other values into a tensor it has just made.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for part in state if isinstance(state, tuple) else (state,):
+        for name in _VALUES if isinstance(part, dict) else ():
+            if name in part:
+                raise ValueError(f"the attribute {name!r} would replace the tensor's own values")
+
+
 def _from_cpu(data: Any, dtype: Any, *_: Any) -> Any:
-    # The copy on the CPU had the device tensor's own type.
+    # The copy on the CPU has the device tensor's own type, but for bfloat16 where numpy held it.
+    if isinstance(data, Tensor) and data.storage is not None and data.dtype != _dtype(dtype):
+        return Tensor(data.dtype, data.shape, problem=f"stored as {data.dtype}, loaded as {_dtype(dtype)}")
     return data
+
+
+def _tensor_class(*args: Any) -> Any:
+    """Return what ``torch.Tensor`` and its kin make: nothing as yet, another view, or a tensor of plain numbers."""
+    if not args:
+        return _shell()
+    if len(args) == 1 and isinstance(args[0], Tensor):
+        return args[0]
+    return Tensor("", (), problem="made of numbers in the pickle, not of a storage")
 
 
 def _unreadable(problem: str) -> Callable[..., Tensor]:
@@ -152,8 +208,8 @@ def _dict(entries: Any = (), *_: Any) -> dict[Any, Any]:
     return result
 
 
-def _defaultdict(*_: Any) -> dict[Any, Any]:
-    return {}
+def _defaultdict(factory: Any = None, *entries: Any) -> dict[Any, Any]:
+    return _dict(*entries)
 
 
 def _set(items: Any = ()) -> Foreign:
@@ -185,11 +241,15 @@ def _reconstructed(cls: Any, base: Any, state: Any) -> Any:
         result.entries = {**(result.entries or {}), **state}
     elif isinstance(result, Foreign) and isinstance(state, list | tuple):
         result.elements = [*(result.elements or ()), *state]
+    elif isinstance(result, dict) and isinstance(state, dict):
+        result.update(state)
+    elif isinstance(result, list) and isinstance(state, list | tuple):
+        result.extend(state)
     return result
 
 
 def _newobj(cls: Any, *args: Any) -> Any:
-    return call(cls, args)
+    return new_object(cls, args)
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -205,6 +265,14 @@ def _dtype(value: Any) -> str:
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _BUILTINS = ("builtins", "__builtin__")
+#: Attributes of a tensor that are its values.
+_VALUES = ("data", "real", "imag", "__class__")
+#: Classes whose ``__new__`` ignores what it is given.
+_MADE_EMPTY = {
+    *("collections.OrderedDict", "collections.defaultdict"),
+    *(f"{module}.{name}" for module in _BUILTINS for name in ("dict", "list", "set", "bytearray")),
+}
+_TENSORS = ("", "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _dict,
@@ -223,11 +291,12 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "copy_reg.__newobj__": _newobj,
     "torch.nn.parameter.Parameter": _shell,
     "torch.Size": _tuple,
+    **{f"torch.{kind}Tensor": _tensor_class for kind in _TENSORS},
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
     "torch._utils._rebuild_qtensor": _quantised,
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_sparse_csr_tensor": _sparse,

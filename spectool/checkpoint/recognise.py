@@ -70,7 +70,7 @@ def refuse(source: Source) -> UnrecognisedFormat | CorruptFile:
     for position, signature, what, hint in _SIGNATURES:
         if head[position : position + len(signature)] == signature:
             return UnrecognisedFormat(f"{path} is {what}", hint=hint)
-    if _is_old_tar(head):
+    if is_tar(head):
         return UnrecognisedFormat(f"{path} is a tar archive", hint=_UNPACK)
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return _pickle(source, head)
@@ -86,7 +86,7 @@ def refuse_zip(source: Source, names: Iterable[str]) -> UnrecognisedFormat:
     return UnrecognisedFormat(f"{source.path} is a zip archive, but not one that torch wrote", hint=_UNPACK)
 
 
-def _is_old_tar(head: bytes) -> bool:
+def is_tar(head: bytes) -> bool:
     """Tell a tar header without a magic number by its octal checksum."""
     if len(head) < 512:
         return False

@@ -15,6 +15,7 @@ from spectool.checkpoint.modules import Collector, scalars
 from spectool.checkpoint.nest import Nest
 from spectool.checkpoint.pickled import unpickle
 from spectool.checkpoint.read import Reader, find_aliases
+from spectool.checkpoint.recognise import is_tar
 from spectool.checkpoint.source import Source
 from spectool.checkpoint.types import Checkpoint
 from spectool.errors import CorruptFile, NothingToAnalyse, UnrecognisedFormat
@@ -31,14 +32,14 @@ def open_torch_zip(archive: Archive, limits: Limits, key: str | None) -> Checkpo
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
         NothingToAnalyse, UsageError: As ``Nest.choose``.
     """
-    root = unpickle_record(archive, "data.pkl", limits, agreeing({}))
+    root = unpickle_record(archive, "data.pkl", limits, _Storages())
     return assemble(archive.source, "torch-zip", root, zip_locator(archive, "data", limits), limits, key)
 
 
 def unpickle_record(
     archive: Archive, name: str, limits: Limits, persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Return the inert contents of one pickle record of a torch archive."""
+    """Return the inert contents of one pickle record of a torch archive, storages as ``storage_of`` by default."""
     data = archive.read(name, "pickle_bytes")
     what = f"{archive.source.path}: record {name!r}"
     return unpickle(io.BytesIO(data), what, limits, persistent or storage_of)
@@ -47,7 +48,9 @@ def unpickle_record(
 def zip_locator(archive: Archive, folder: str, limits: Limits) -> Callable[[Storage], Place]:
     """Return a function that finds the record of a storage in an archive's ``folder``."""
     path = archive.source.path
-    order = archive.read("byteorder", "header_bytes") if "byteorder" in archive else b"little"
+    # torch finds records without regard to case.
+    record = next((name for name in archive.records if name.lower() == "byteorder"), None)
+    order = archive.read(record, "header_bytes") if record is not None else b"little"
     if order not in (b"little", b"big"):
         raise CorruptFile(f"{path}: the byte order {order[:16]!r} is neither little nor big")
     byteorder = order.decode()
@@ -92,26 +95,36 @@ def storage_of(identity: Any) -> Any:
     return Storage(STORAGE_CLASSES[name], key, numel)
 
 
-def agreeing(storages: dict[str, Storage]) -> Callable[[Any], Any]:
-    """Return ``storage_of`` for ``torch.load``, which takes a storage for what it was called first.
+class _Storages:
+    """``storage_of`` for one pickle in which every storage must be the same wherever it is named.
 
-    Args:
-        storages: Receives the storages by their keys.
+    ``torch.load`` makes a storage, or a view of a part of it, where it is named first and hands out that one whatever
+    else is said of it later.
+
+    Attributes:
+        named: Key → the storage as it is named first.
     """
 
-    def persistent(identity: Any) -> Any:
-        """Raises: ValueError: Also if a storage is called something else than before."""
-        value = storage_of(identity)
-        if isinstance(value, Storage):
-            first = storages.setdefault(value.key, value)
-            if (first.dtype, first.numel) != (value.dtype, value.numel):
-                raise ValueError(
-                    f"storage {value.key[:40]!r} is {brief(value.numel)} elements of {value.dtype} here and "
-                    f"{brief(first.numel)} of {first.dtype} elsewhere"
-                )
-        return value
+    def __init__(self) -> None:
+        self.named: dict[str, Storage] = {}
+        self._views: dict[str, object] = {}
 
-    return persistent
+    def __call__(self, identity: Any) -> Any:
+        value = storage_of(identity)
+        if not isinstance(value, Storage):
+            return value
+        known = self.named.setdefault(value.key, value)
+        if (known.dtype, known.numel) != (value.dtype, value.numel) and (known.numel or value.numel):
+            raise ValueError(f"the storage {value.key[:60]!r} is named with two types or sizes")
+        view = identity[5] if len(identity) == 6 else None
+        if view is not None:
+            key = view[0] if type(view[0]) is str else brief(view[0])
+            part = (value.key, value.first, view[2])
+            if self._views.setdefault(key, part) != part or key in self.named:
+                raise ValueError(f"the part {key[:60]!r} of a storage is named twice, otherwise")
+        if value.key in self._views:
+            raise ValueError(f"a storage and a part of one have the same key {value.key[:60]!r}")
+        return value
 
 
 def is_legacy(head: bytes) -> bool:
@@ -130,7 +143,12 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
         NothingToAnalyse, UsageError: As ``Nest.choose``.
     """
     path = source.path
-    storages: dict[str, Storage] = {}
+    found = _Storages()
+    if is_tar(source.head(512)):
+        raise CorruptFile(
+            f"{path} is both a tar archive and a torch file",
+            hint="torch of 2016 wrote the former, and torch.load prefers it: save the one that is meant again",
+        )
     with source.stream(limits, "pickle_bytes") as stream:
         tape = cast(BinaryIO, _Tape(stream, f"{path}: its pickles", limits))
         unpickle(tape, f"{path}: the magic number", limits)
@@ -139,12 +157,12 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
                 f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch"
             )
         unpickle(tape, f"{path}: the system facts", limits)
-        root = unpickle(tape, f"{path}: the object", limits, agreeing(storages))
+        root = unpickle(tape, f"{path}: the object", limits, found)
         keys = unpickle(tape, f"{path}: the storage keys", limits)
         position = tape.tell()
     if not (isinstance(keys, list) and all(isinstance(name, str) for name in keys)):
         raise CorruptFile(f"{path}: the list of storage keys is no list of strings")
-    places: dict[str, Place] = {}
+    storages, places = found.named, dict[str, Place]()
     for name in keys:
         if name not in storages or name in places:
             raise CorruptFile(f"{path}: the storage key {name!r} is listed but not used, or listed twice")

@@ -12,6 +12,8 @@ from typing import Any
 from spectool.errors import UsageError
 
 _NAMES = ("spectool.toml", "pyproject.toml")
+#: A folder may be a stranger's; no honest configuration is longer.
+_MOST_BYTES = 10**6
 # Where a result is written, and what it replaces, is never up to a file that happens to lie in the folder.
 _FLAGS_ONLY = frozenset({"output", "report", "force", "in-place", "debug", "trust"})
 # Whoever looks at a repository they have just downloaded stands in it: its configuration must not run its code.
@@ -64,8 +66,13 @@ def _table(path: Path) -> Mapping[str, Any] | None:
     import tomllib
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        with path.open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"it is longer than {_MOST_BYTES} bytes")
+        document = tomllib.loads(data.decode("utf-8"))
+    # ValueError: no TOML, no UTF-8, an integer of thousands of digits; RecursionError: nested too deeply.
+    except (ValueError, RecursionError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {error}", hint="correct or remove it") from error
     tool = document.get("tool", {})
     table = tool.get("spectool") if isinstance(tool, Mapping) else None

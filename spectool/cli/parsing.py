@@ -12,8 +12,9 @@ from typing import Any
 
 from spectool.errors import CheckpointError, UsageError
 
-_SHAPE = re.compile(r"\d+(?:[x×,]\d+)*", re.IGNORECASE)
-_INTEGER = re.compile(r"-\d+|0+")
+# No size has more digits than a 64-bit number.
+_SHAPE = re.compile(r"\d{1,19}(?:[x×,]\d{1,19})*", re.IGNORECASE)
+_INTEGER = re.compile(r"-\d{1,19}|0{1,19}")
 _REAL = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False}
 Shape = tuple[int, ...]
@@ -88,7 +89,7 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    found = re.fullmatch(r"(\d{1,19})/(\d{1,19})", text.strip())
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"--shard {text!r} makes no sense", hint="write i/n with 1 <= i <= n, e.g. 2/8")
     return int(found[1]), int(found[2])

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from spectool.checkpoint.limits import Limits
 
 _AMOUNT = re.compile(r"(\d+(?:_\d+)*|\d+(?:,\d{3})+|\d*\.\d+)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+#: Python itself refuses numbers of some thousand digits; a float ends at 308.
+_MOST_DIGITS = 100
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -55,7 +57,7 @@ def parse_amount(text: str, what: str) -> int:
         UsageError: If it is no such number.
     """
     found = _AMOUNT.fullmatch(text.strip())
-    if found is None or (found[3] and not found[2]):
+    if found is None or (found[3] and not found[2]) or len(found[1]) > _MOST_DIGITS:
         raise UsageError(f"{what} is no amount", hint="write e.g. 200, 2GB or 512MiB")
     number, prefix, binary, _ = found.groups()
     unit: int = (1024 if binary else 1000) ** _POWERS[prefix.lower()]

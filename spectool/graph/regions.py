@@ -15,6 +15,8 @@ from spectool.graph.writing import TracedWriter
 
 _TOO_MANY_NODES = 1_000_000
 """Nodes of all regions together after which no further composed row is made (regions of one root overlap)."""
+_TOO_LONG_NAMES = 1 << 25
+"""Characters of the names in all of them together, likewise: a row repeats the name of every operator in it."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,13 @@ def _maximal(
     """Return a row for every maximal region that has none yet; mark those that are ``layers`` or ``pairs``."""
     rows: list[_Placed] = []
     seen: set[object] = set()
-    budget = _TOO_MANY_NODES
+    budget, characters = _TOO_MANY_NODES, _TOO_LONG_NAMES
     exits = context.flow.exits(context.graph)
     for position, exit in enumerate(exits):
         root = context.flow.root[exit]
         indices = region_nodes(context.graph, context.flow, root, exit)
         budget -= len(indices)
-        if budget < 0:
+        if budget < 0 or characters < 0:
             return rows, [
                 f"{len(exits) - position} of {len(exits)} affine regions left out: they overlap too much"
             ]
@@ -184,6 +186,7 @@ def _maximal(
             at = next(index for index in stored if context.graph.nodes[index] is found)
             layers[at] = replace(layers[at], item=_as_maximal(layers[at].item))
             continue
+        characters -= len(found.key) + sum(map(len, found.weights))
         composed = found.level == "composed" if isinstance(found, Region) else bool(stored)
         rows.append(_Placed(max(stored or content), composed, len(stored), found, start))
     return rows, []

@@ -38,11 +38,19 @@ def linked(folder: Path) -> Path:
     return path
 
 
+def in_two_files(folder: Path) -> Path:
+    """A location that is a file here and, as Windows reads it, another one in a folder."""
+    path = external("data\\net.data", place="model/data/net.data")(folder)
+    (path.parent / "data\\net.data").write_bytes(bytes(64))
+    return path
+
+
 OUTSIDE = "lies outside the model's folder"
 ATTACKS = [
     Attack("onnx data above its folder", external("../net.data"), refused=OUTSIDE),
     Attack("onnx data at an absolute path", external("HOME/net.data"), refused=OUTSIDE),
     Attack("onnx data above it, by backslashes", external("..\\net.data"), refused=OUTSIDE),
+    Attack("onnx data in two files", in_two_files, refused="could lie in two files"),
     Attack("onnx data on a drive", external("C:\\net.data"), refused=OUTSIDE),
     Attack("onnx data above it by way of a folder", external("a/../../net.data"), refused=OUTSIDE),
     Attack("onnx data by a link that leads out", linked, refused=OUTSIDE),

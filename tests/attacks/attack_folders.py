@@ -77,6 +77,31 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "a.safetensors")
 
 
+def other(file: str) -> Callable[[Path], None]:
+    """Another file with a tensor ``w``, which is zero."""
+
+    def more(folder: Path) -> None:
+        safetensors(folder / file)
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data.replace(WEIGHT.tobytes(), bytes(64)))
+
+    return more
+
+
+def two_tensors(folder: Path) -> None:
+    """A shard with a tensor of its own and one that the index has in another."""
+    entries = {"w": ENTRY, "v": {**ENTRY, "data_offsets": [64, 128]}}
+    header = json.dumps(entries).encode()
+    data = bytes(64) + WEIGHT.tobytes()
+    (folder / "c.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def other_index(folder: Path) -> None:
+    """Beside the weight an index of another one, which transformers does not read."""
+    other("b.safetensors")(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "b.safetensors"}}')
+
+
 BERT = {
     "model_type": "bert",
     "hidden_size": 4,
@@ -95,6 +120,22 @@ ATTACKS = [
         "config of a known model that maps to its own code",
         folder_of({**BERT, "num_hidden_layers": 1, **NAMED}, with_code),
         seconds=40,
+    ),
+    Attack(
+        "config that names other weights",
+        folder_of({"transformers_weights": "b.safetensors"}, other("b.safetensors")),
+        refused="its config.json says that the weights are not model.safetensors",
+    ),
+    Attack(
+        "config that names no file for the weights",
+        folder_of({"transformers_weights": [1]}),
+        refused="its config.json says that the weights are not model.safetensors",
+    ),
+    Attack("index beside the whole weights", folder_of({}, other_index)),
+    Attack(
+        "index of a tensor that stands in two shards",
+        index({"w": "a.safetensors", "v": "c.safetensors"}, two_tensors),
+        refused="tensor 'w' stands in shard 'c.safetensors', too",
     ),
     Attack(
         "config that names a function",

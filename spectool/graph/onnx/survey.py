@@ -138,7 +138,16 @@ def _inlined(model: onnx.ModelProto, notes: list[str]) -> onnx.GraphProto:
     """Return the graph with the model's own functions replaced by their bodies; weights are not copied."""
     if not model.functions:
         return model.graph
-    from onnx import inliner
+    from onnx import defs, inliner
+
+    for function in model.functions:
+        domain = "" if function.domain == "ai.onnx" else function.domain
+        if defs.has(function.name, domain):
+            # Runtimes take their own operation, the inliner takes the function.
+            raise GraphError(
+                f"a function of the model has the name of the standard operation {function.name}",
+                hint="which of the two a program runs is not said: rename the function",
+            )
 
     light = onnx.ModelProto(ir_version=model.ir_version)
     light.opset_import.extend(model.opset_import)
