@@ -57,9 +57,9 @@ class Covariance:
 
     @cached_property
     def root(self) -> Tensor:
-        """L ``(groups, taps, taps)``, lower triangular."""
-        made: Tensor = torch.linalg.cholesky(self.matrix)
-        return made
+        """L ``(groups, taps, taps)``, lower triangular; NaN where H is not positive definite."""
+        made, failed = torch.linalg.cholesky_ex(self.matrix)
+        return torch.where((failed > 0)[:, None, None], torch.nan, made) if bool(failed.any()) else made
 
     @cached_property
     def inverse(self) -> Tensor:

@@ -191,6 +191,24 @@ def closed_form(region: Region, name: str, load: Load) -> Closed | None:
     return None
 
 
+def coordinates_of(problem: Problem, forms: Sequence[Closed | None]) -> Coordinates:
+    """Return the coordinates in which a problem with one constant is solved: folded, where a batch norm is behind.
+
+    What s = 0 hides from one operator another may show (the convolution alone, or behind another batch norm): the
+    change of such entries would cost nothing, and they could not be left as they are either.
+    """
+    (name,) = problem.names
+    weight = problem.load(name).double()
+    scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
+    if scale is not None and bool((scale == 0).any()):
+        hidden = [
+            form.scale == 0 if form and form.scale is not None else torch.tensor(False) for form in forms
+        ]
+        if not all(bool((one | (scale != 0)).all()) for one in hidden):
+            scale = None
+    return Coordinates(weight, scale, "weights" if scale is None else "folded")
+
+
 def is_matrix(form: Closed | None, weight: Tensor) -> bool:
     """Whether the operator is copies of one matrix: linear, 1×1, or windows that do not overlap."""
     if form is None:
