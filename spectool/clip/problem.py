@@ -130,6 +130,33 @@ def group(
     return problems, refused
 
 
+def coupled(problems: Sequence[Problem], writer: Writer | None) -> list[list[Problem]]:
+    """Return the problems, those together that change parts of one parametrised weight.
+
+    They are independent but for what is stored: a length, a divisor or roundings that all parts share.
+    """
+    units: list[list[Problem]] = []
+    at: dict[str, int] = {}
+    for problem in problems:
+        made = [weight for name in problem.names if writer is not None and (weight := writer.derived(name))]
+        homes = [weight.name for weight in made]
+        index = next((at[home] for home in homes if home in at), len(units))
+        if index == len(units):
+            units.append([])
+        units[index].append(problem)
+        at.update(dict.fromkeys(homes, index))
+    return units
+
+
+def joined(problems: Sequence[Problem]) -> Problem:
+    """Return problems with the same reader as one."""
+    if len(problems) == 1:
+        return problems[0]
+    constraints = tuple(constraint for problem in problems for constraint in problem.constraints)
+    names = tuple(dict.fromkeys(name for problem in problems for name in problem.names))
+    return Problem(constraints, names, problems[0].load)
+
+
 def _home(name: str, writer: Writer) -> str:
     # Different parts of one tensor are independent; one constant is itself wherever it is read.
     homes = writer.homes(name) or (name,)
