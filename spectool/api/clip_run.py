@@ -19,7 +19,7 @@ from spectool.api.verdicts import unknown_scale
 from spectool.checkpoint import Checkpoint, can_write
 from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
 from spectool.clip import Options as ClipOptions
-from spectool.clip.problem import coupled, joined
+from spectool.clip.grouping import coupled, joined
 from spectool.clip.recentre import recentred
 from spectool.errors import OperatorError, UsageError
 from spectool.graph import Region, Skipped
@@ -185,10 +185,9 @@ class ClipRun:
         )
 
     def _raw_change(self, problem: Problem, stored: Stored) -> float:
-        """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed, or over the weights that they make."""
-        made = [name for name in problem.names if self.writer is not None and self.writer.derived(name)]
-        if made:
-            pairs = [(problem.load(name), stored.load(name)) for name in made]
+        """Return ‖W′ − W‖/‖W‖ over the weights, or, where some are the same entries, over the stored tensors."""
+        if problem.places is None:
+            pairs = [(problem.load(name), stored.load(name)) for name in problem.names]
         else:
             pairs = [(self.checkpoint.read(name), value) for name, value in stored.edits.items()]
         moved = sum(float((new.double() - old.double()).square().sum()) for old, new in pairs)

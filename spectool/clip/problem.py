@@ -21,11 +21,10 @@ from spectool.clip.replayed import Replayed, region_function
 from spectool.clip.split import split
 from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
-from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Region
-from spectool.graph.writing import Writer
+from spectool.graph.types import BatchNorm, Conv, Embedding, Linear, Region
 from spectool.linear import ConvGeometry, ConvMap, FunctionMap, InfiniteConv, LinearMap, MatrixMap, fold
 from spectool.lower import lower
-from spectool.lower.replay import Load, constant_names
+from spectool.lower.replay import Load
 
 _DOUBLE_WORK = 2e6
 """Flops of an application up to which arithmetic is done in float64."""
@@ -47,124 +46,19 @@ class Problem:
         constraints: Regions and their limits.
         names: The edited constants, as the regions read them.
         load: Reads a constant.
+        places: Where there are constants with entries in common: constant → place of each entry, flat, in a row of
+            the distinct ones.
     """
 
     constraints: tuple[Constraint, ...]
     names: tuple[str, ...]
     load: Load
+    places: Mapping[str, Tensor] | None = None
 
     @property
     def key(self) -> str:
         """Key of the largest region."""
         return max((c.region for c in self.constraints), key=lambda region: len(region.nodes)).key
-
-
-def edited_constants(region: Region, writer: Writer | None) -> tuple[str, ...]:
-    """Return the constants of a region that a clip may change: kernels and matrices that can be written back.
-
-    Raises:
-        OperatorError: If there is a matrix weight and none of them can be written back.
-    """
-    found: dict[str, None] = {}
-    for node in region.nodes:
-        if isinstance(node.op, (Conv, Linear, Embedding)):
-            found[node.inputs[1]] = None
-    if not found:
-        constants = set(constant_names(region))
-        for node in region.nodes:
-            if isinstance(node.op, Call):
-                found.update((name, None) for name in node.inputs if name in constants and name)
-    if writer is None:
-        raise OperatorError(f"{region.key}: nothing can be written back to this source")
-    usable = tuple(name for name in found if writer.homes(name) is not None)
-    if not usable:
-        raise OperatorError(
-            f"{region.key} cannot be written back: its weight is computed from stored tensors",
-            hint="merge it into plain weights first",
-        )
-    return usable
-
-
-def group(
-    constraints: Sequence[Constraint], load: Load, writer: Writer | None
-) -> tuple[list[Problem], dict[int, str]]:
-    """Return problems of constraints that hang together, in order, and why some constraint has none.
-
-    Args:
-        constraints: Regions with their limits.
-        load: Reads a constant.
-        writer: The way back to stored tensors.
-
-    Returns:
-        The problems; index of a constraint that cannot be clipped → reason.
-    """
-    refused: dict[int, str] = {}
-    names: dict[int, tuple[str, ...]] = {}
-    for index, constraint in enumerate(constraints):
-        try:
-            names[index] = _floating(edited_constants(constraint.region, writer), load)
-            if not names[index]:
-                refused[index] = "it has no weight of a real type to change"
-        except OperatorError as error:
-            refused[index] = str(error)
-    homes = {
-        index: {name if writer is None else _home(name, writer) for name in found}
-        for index, found in names.items()
-        if index not in refused
-    }
-    problems: list[Problem] = []
-    left = sorted(homes)
-    while left:
-        together, shared, grown = [left.pop(0)], set(), True
-        shared = set(homes[together[0]])
-        while grown:
-            more = [index for index in left if homes[index] & shared]
-            for index in more:
-                left.remove(index)
-                shared |= homes[index]
-            together += more
-            grown = bool(more)
-        together.sort()
-        edited = tuple(dict.fromkeys(name for index in together for name in names[index]))
-        problems.append(Problem(tuple(constraints[index] for index in together), edited, load))
-    return problems, refused
-
-
-def coupled(problems: Sequence[Problem], writer: Writer | None) -> list[list[Problem]]:
-    """Return the problems, those together that change parts of one parametrised weight.
-
-    They are independent but for what is stored: a length, a divisor or roundings that all parts share.
-    """
-    units: list[list[Problem]] = []
-    at: dict[str, int] = {}
-    for problem in problems:
-        made = [weight for name in problem.names if writer is not None and (weight := writer.derived(name))]
-        homes = [weight.name for weight in made]
-        index = next((at[home] for home in homes if home in at), len(units))
-        if index == len(units):
-            units.append([])
-        units[index].append(problem)
-        at.update(dict.fromkeys(homes, index))
-    return units
-
-
-def joined(problems: Sequence[Problem]) -> Problem:
-    """Return problems with the same reader as one."""
-    if len(problems) == 1:
-        return problems[0]
-    constraints = tuple(constraint for problem in problems for constraint in problem.constraints)
-    names = tuple(dict.fromkeys(name for problem in problems for name in problem.names))
-    return Problem(constraints, names, problems[0].load)
-
-
-def _home(name: str, writer: Writer) -> str:
-    # Different parts of one tensor are independent; one constant is itself wherever it is read.
-    homes = writer.homes(name) or (name,)
-    return name if "[" in name else homes[0]
-
-
-def _floating(names: Sequence[str], load: Load) -> tuple[str, ...]:
-    return tuple(name for name in names if load(name).is_floating_point() and load(name).dim() >= 1)
 
 
 # --- one constant -----------------------------------------------------------------------------------------------
