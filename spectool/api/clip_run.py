@@ -160,9 +160,7 @@ class ClipRun:
         """Return a projection with what was stored of it."""
         final = {name: stored.load(name).double() for name in problem.names}
         remark = training_remark(problem, self.writer) if self.writer is not None else ""
-        return replace(
-            made, change=made.distance(final), note="; ".join(text for text in (made.note, remark) if text)
-        )
+        return replace(made, change=made.distance(final)).with_note(remark)
 
     def wanted(self, entries: Sequence[Entry]) -> set[str]:
         """Return the stored tensors, one to a weight, of all weights that may change."""
@@ -238,6 +236,10 @@ class ClipRun:
             if isinstance(entry.item, Region):
                 reads = [name for node in entry.item.nodes for name in node.inputs]
                 entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
+                why = found.reasons.get(entry.item.key)
+                if why and entry.projected is not None and not entry.recentered:
+                    note = f"means stay: {why}"
+                    entry.projected = entry.projected.with_note(note)
 
     def _settled(self, item: Region | Skipped, load: Load, options: Options) -> Row:
         """Return a row as written; where values that crowd at the limit keep it from converging, with more effort.

@@ -33,7 +33,7 @@ _PLAIN = 512
 """Taps up to which products are summed in float64 from the start."""
 
 _SQUARES = 1e-12, 1e12
-"""Sizes of numbers whose squares may be taken in float32."""
+"""Sizes of numbers that float32 takes, squared as well."""
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -52,8 +52,8 @@ class Covariances:
     """What is known of some weights.
 
     Attributes:
-        found: Checkpoint key of a weight → H ``(groups, taps, taps)`` with a mean diagonal of 1, and a ridge of 3 % of
-            that added; float32. Changes are told relatively, so its size does not matter.
+        found: Checkpoint key of a weight → H ``(groups, taps, taps)`` with a ridge of 3 % of its mean diagonal,
+            float32; over that diagonal where it is tiny or huge, since changes are told relatively.
         missing: Checkpoint key → why there is none; ``""`` for all others.
     """
 
@@ -187,9 +187,11 @@ def _joint(watches: Sequence[_Watch]) -> Tensor | str:
     size = float(diagonal.mean())
     if not math.isfinite(size) or size <= 0.0:
         return "its layer saw nothing that varies" if size <= 0.0 else "its layer saw infinite numbers"
+    if not _SQUARES[0] <= size <= _SQUARES[1]:
+        total /= size
+        size = 1.0
     # One ridge for all groups: a group that sees nothing must not be free to change.
-    total /= size
-    diagonal += _RIDGE
+    diagonal += _RIDGE * size
     return total.float()
 
 

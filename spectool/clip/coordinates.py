@@ -86,10 +86,6 @@ class Covariance:
         """Return the weight of a shape that ``turn`` makes ``x`` of."""
         return self.rows.join(x @ self.inverse.to(x), shape)
 
-    def pull(self, gradient: Tensor) -> Tensor:
-        """Return the gradient in ``turn``'s result of one in the weight."""
-        return self.rows.split(gradient) @ self.inverse.to(gradient).mT
-
 
 @dataclass(frozen=True, eq=False)
 class _Group(Covariance):

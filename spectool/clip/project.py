@@ -104,6 +104,10 @@ class Projected:
     distance: Callable[[Mapping[str, Tensor]], float]
     note: str = ""
 
+    def with_note(self, more: str) -> Projected:
+        """Return the same with another remark, if there is one."""
+        return replace(self, note="; ".join(text for text in (self.note, more) if text))
+
 
 def project(problem: Problem, before: float, options: Options, progress: Progress = silent) -> Projected:
     """Return the nearest value of the one edited constant of a problem.
@@ -138,8 +142,8 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
         iterations=made.iterations,
         applications=made.applications,
         distance=lambda values: coordinates.distance(values[name]),
-        note="; ".join(text for text in (made.note, not_by_data(coordinates.metric, reason)) if text),
-    )
+        note=made.note,
+    ).with_note(not_by_data(coordinates.metric, reason))
 
 
 def _unit(problem: Problem, forms: Sequence[Closed | None]) -> float:
