@@ -274,6 +274,25 @@ def test_weight_norm_in_an_onnx_graph(turned: bool, tmp_path: Path) -> None:
     assert LIMIT * (1 - 3e-4) <= _top(y.astype(np.float64)) <= LIMIT * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("rows", "lengths"), [(1, (1, 1)), (5, ()), (5, (1, 1))])
+def test_one_length_for_the_whole_weight_of_an_onnx_graph(
+    rows: int, lengths: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A single number is one of the tensors, and one that a program adds to the length is none."""
+    tensors = {"fc.weight_v": weights(rows, 7), "fc.weight_g": np.full(lengths, -2.0, np.float32)}
+    steps = [node("ReduceL2", "fc.weight_v", "n", axes=[0, 1]), node("Add", "n tiny", "m")]
+    steps += [node("Div", "fc.weight_v m", "d"), node("Mul", "d fc.weight_g", "w")]
+    last = node("Gemm", "x w", "y", transB=1)
+    stored = {**tensors, "tiny": np.float32(1e-12)}
+    made = model(graph([*steps, last], {"x": [7, 7]}, "y", stored))
+    (tmp_path / "net.onnx").write_bytes(made.SerializeToString())
+    report = spectool.clip(tmp_path / "net.onnx", max=LIMIT, out=tmp_path / "out.onnx")
+    assert [row.action for row in report.rows] == ["clipped"]
+    assert set(report.changed) <= set(tensors)
+    (y,) = ort_run(onnx.load(tmp_path / "out.onnx"), {"x": np.eye(7, dtype=np.float32)}, ["y"])
+    assert LIMIT * (1 - 3e-4) <= _top(y.astype(np.float64)) <= LIMIT * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("kind", list(WRAPS))
 def test_parametrised_layers_are_calibrated(kind: str, tmp_path: Path) -> None:
     """Old hooks keep a weight with its graph, which cannot be copied, and kept a fake one after the tape."""

@@ -304,6 +304,28 @@ def test_both_levels_at_once():
     certified(result, 1.01)
 
 
+@pytest.mark.parametrize("gamma", [[0.0, 1.0, -2.0, 0.5], [0.0, 3.0, 1.0, 2.0]])
+def test_a_channel_that_one_operator_hides_is_clipped_for_the_other(gamma):
+    """Behind γ = 0 a change costs nothing folded; the row used to be held fast, and no weight obeyed."""
+    made, constants, function = conv_norm((2, 4), 5, gamma=gamma)
+    constants["w"][0] *= 4
+    alone = region([conv_node(geometry())], ["w"], made.in_shape, made.out_shape)
+
+    def tops(weights):
+        plain = top(lambda x, values: F.conv2d(x, values["w"], None, 1, 1), made.in_shape, weights)
+        return np.array([plain, top(function, made.in_shape, weights)])
+
+    limits = 0.6 * tops(constants)
+    result = clip([(alone, limits[0]), (made, limits[1])], constants, 1 / 0.6, exact=True)
+    ratio = max(tops(result.values) / limits)
+    assert 1 - 3e-4 <= ratio <= 1 + 1e-9
+    assert result.projected.metric == "weights"
+    certified(result, 1.01)
+    moved = result.values["w"] - constants["w"]
+    assert float(moved.norm() / constants["w"].norm()) == pytest.approx(result.change, rel=1e-6)
+    assert result.change < 0.4
+
+
 def test_one_weight_twice_in_a_row_is_not_called_convex():
     weight = random(6, 6, seed=12)
     made = region([linear_node("w", "x", "h"), linear_node("w", "h", "y")], ["w"], (6,), (6,))

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 import spectool
 from spectool.api import covariances
 from spectool.clip import measure
+from spectool.clip.coordinates import Covariance, Rows
 from spectool.clip.weighted import nearest_matrix
 from spectool.report.clip import ClipRow
 
@@ -319,3 +320,80 @@ def test_the_nearest_matrix_obeys_and_nothing_is_nearer(shape: tuple[int, int], 
         other = made.weight.numpy() + width * limit * source.standard_normal(shape)
         other *= min(1.0, limit / np.linalg.norm(other, 2))
         assert np.linalg.norm((other - start) @ root) >= made.lower
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("plain", [4, 512])
+def test_numbers_whose_squares_no_float32_holds(
+    size: float, plain: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(covariances, "_PLAIN", plain)
+    inputs = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3.0, 40)
+    wanted, row = (_one_matrix(inputs * factor, tmp_path) for factor in (1.0, size))
+    assert (wanted.metric, row.metric) == ("data", "data")
+    assert row.change == pytest.approx(wanted.change, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e3, 1e-30])
+def test_what_only_roundings_vary_is_constant(value: float, tmp_path: Path) -> None:
+    inputs = torch.full((50, 40), value)
+    inputs[1::2] = inputs[1::2].nextafter(torch.tensor(np.inf))
+    assert "its layer saw nothing that varies" in _one_matrix(inputs, tmp_path).reason
+
+
+def test_a_covariance_that_has_no_factor_is_not_used() -> None:
+    matrix = torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    root = Covariance(matrix, Rows(groups=2)).root
+    assert bool(root[0].isnan().all())
+    assert torch.equal(root[1], matrix[1])
+
+
+def _one_matrix(inputs: Tensor, folder: Path) -> ClipRow:
+    torch.manual_seed(0)
+    torch.save(wide().state_dict(), folder / "net.pt")
+    (row,) = spectool.clip(
+        folder / "net.pt", max=0.5, dry_run=True, calibrate=inputs, arch=f"{__name__}:wide", input_shape=(1, 40), k=1
+    ).rows  # fmt: skip
+    return row
+
+
+class Tied(nn.Module):
+    """One matrix at two places that see different data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.between(x))
+        return y
+
+    def between(self, x: Tensor) -> Tensor:
+        """What the second place sees."""
+        return torch.tanh(self.a(x)).flip(1) * torch.tensor([9.0, 0.1, 1.0, 3.0])
+
+
+def test_all_layers_that_share_a_weight_count(tmp_path: Path) -> None:
+    net = Tied()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    inputs = torch.randn(99, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [0.1, 3.0, 1.0, 1.0]
+    )
+    rows = spectool.clip(
+        tmp_path / "net.pt", max=0.5, out=tmp_path / "out.pt", calibrate=inputs, arch=f"{__name__}:Tied",
+        input_shape=(1, 4), exact=True,
+    ).rows  # fmt: skip
+    new = torch.load(tmp_path / "out.pt", weights_only=True)["a.weight"].double().numpy()
+    with torch.no_grad():
+        old, seen = net.a.weight.double().numpy(), (inputs, net.between(inputs))
+    covariance = sum(np.cov(x.double().numpy(), rowvar=False, bias=True) for x in seen)
+    covariance += 0.03 * np.trace(covariance) / 4 * np.eye(4)
+    cost = [float(np.trace(w @ covariance @ w.T)) for w in (new - old, old)]
+    clipped_rows = [row for row in rows if row.action == "clipped"]
+    assert clipped_rows
+    for row in clipped_rows:
+        assert row.metric == "data"
+        assert row.change == pytest.approx((cost[0] / cost[1]) ** 0.5, rel=1e-4)
+        assert row.change <= 1.01 * row.change_lower_bound

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import spectool
 from spectool.clip.moments import Moments, moments_of
@@ -184,3 +184,23 @@ def test_an_excess_that_was_misjudged_is_so_after_as_well() -> None:
     found = Moments(before, one, after, one, floor).corrected(torch.tensor([0.1, -0.02], dtype=torch.float64))
     np.testing.assert_allclose(found.mean, [0.5, 1.08])
     np.testing.assert_allclose(found.new_mean, [0.25, 1.04])
+
+
+class Unknown(nn.Module):
+    """A convolution with fewer outputs than taps: its running mean does not tell the mean of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(4, 2, 3, groups=2), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)).relu()
+        return y
+
+
+@pytest.mark.parametrize("recenter", ["auto", "none"])
+def test_a_row_whose_mean_stays_says_why(recenter: str) -> None:
+    (row,) = spectool.clip_(Unknown().eval(), 0.3, (1, 4, 6, 6), recenter=recenter).rows
+    assert row.recentered == ()
+    assert ("means stay: the mean of its input is not known" in row.reason) == (recenter == "auto")

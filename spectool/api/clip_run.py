@@ -19,6 +19,7 @@ from spectool.api.verdicts import unknown_scale
 from spectool.checkpoint import Checkpoint, can_write
 from spectool.clip import Constraint, Problem, Projected, Stored, group, prove_limit, solve, store
 from spectool.clip import Options as ClipOptions
+from spectool.clip.grouping import coupled, joined
 from spectool.clip.recentre import recentred
 from spectool.errors import OperatorError, UsageError
 from spectool.graph import Region, Skipped
@@ -87,36 +88,46 @@ class ClipRun:
         by_region = {
             id(constraint.region): entry for constraint, entry in zip(constraints, gated, strict=True)
         }
-        for number, problem in enumerate(problems):
-            members = [by_region[id(constraint.region)] for constraint in problem.constraints]
-            if not any(entry.action == "clip" for entry in members):
-                continue
-            report = numbered(self.progress, problem.key, number, len(problems))
-            report(Step(problem.key))
+        count = 0
+        for unit in coupled(problems, self.writer):
             start = time.perf_counter()
+            solved: list[tuple[Problem, list[Entry], Projected]] = []
+            kept: list[Problem] = []
+            for problem in unit:
+                members = [by_region[id(constraint.region)] for constraint in problem.constraints]
+                report = numbered(self.progress, problem.key, count, len(problems))
+                count += 1
+                if not any(entry.action == "clip" for entry in members):
+                    kept.append(problem)
+                    continue
+                report(Step(problem.key))
+                try:
+                    solved.append((problem, members, self._project(problem, members, report)))
+                except OperatorError as error:
+                    _refuse(members, error)
+            if not solved:
+                continue
+            wanted = {name: value for _, _, made in solved for name, value in made.weights.items()}
             try:
-                projected, stored = self._solve(problem, members, report)
+                stored = self._store(joined([*(problem for problem, _, _ in solved), *kept]), wanted)
             except OperatorError as error:
-                for entry in members:
-                    if entry.action == "clip":
-                        entry.action, entry.reason = "refused", f"{error}"
+                for _, members, _ in solved:
+                    _refuse(members, error)
                 continue
             self.edits.update(stored.edits)
-            spent = (time.perf_counter() - start) / len(members)
-            for entry in members:
-                entry.seconds += spent
-                entry.projected = projected
-                entry.raw_change = self._raw_change(problem, stored)
-                if entry.action == "clip":
-                    entry.action = "clipped"
+            spent = (time.perf_counter() - start) / sum(len(members) for _, members, _ in solved)
+            for problem, members, made in solved:
+                projected = self._as_stored(problem, made, stored)
+                for entry in members:
+                    entry.seconds += spent
+                    entry.projected = projected
+                    entry.raw_change = self._raw_change(problem, stored)
+                    if entry.action == "clip":
+                        entry.action = "clipped"
 
-    def _solve(
-        self, problem: Problem, members: Sequence[Entry], progress: Progress
-    ) -> tuple[Projected, Stored]:
+    def _project(self, problem: Problem, members: Sequence[Entry], progress: Progress) -> Projected:
         if self.writer is None:
             raise OperatorError("nothing can be written back to this source")
-        # Several problems may change parts of one tensor: each goes on from what the ones before it made.
-        read: Load = lambda name: self.edits[name] if name in self.edits else self.checkpoint.read(name)  # noqa: E731
         homes = {home for name in problem.names for home in self.writer.homes(name) or ()}
         for home in sorted(homes):
             if home not in self.checkpoint.tensors:
@@ -124,18 +135,32 @@ class ClipRun:
             reason = can_write(self.checkpoint, home)
             if reason:
                 raise OperatorError(f"{home} cannot be written: {reason}")
-        types: Callable[[str], torch.dtype] = lambda name: read(name).dtype  # noqa: E731
         before = 0.0
         for entry in members:
             before = max(before, entry.row.sigma[0] / (entry.limit or 1.0))
-        projected = solve(problem, before, self._with_covariances(problem), progress)
+        return solve(problem, before, self._with_covariances(problem), progress)
+
+    def _store(self, problem: Problem, wanted: Mapping[str, Tensor]) -> Stored:
+        """Return stored values that obey the limits; constants without a wanted value are to stay."""
+        if self.writer is None:
+            raise OperatorError("nothing can be written back to this source")
+        # Several problems may change parts of one tensor: each goes on from what the ones before it made.
+        read: Load = lambda name: self.edits[name] if name in self.edits else self.checkpoint.read(name)  # noqa: E731
+        types: Callable[[str], torch.dtype] = lambda name: read(name).dtype  # noqa: E731
         seed = self.clip_options.seed
-        stored = store(problem, projected.weights, self.writer, types, read, seed=seed)
+        values = {
+            name: wanted[name] if name in wanted else problem.load(name).double() for name in problem.names
+        }
+        stored = store(problem, values, self.writer, types, read, seed=seed)
         if self.prove:
-            stored = prove_limit(problem, projected.weights, stored, self.writer, types, read, seed=seed)
+            stored = prove_limit(problem, values, stored, self.writer, types, read, seed=seed)
+        return stored
+
+    def _as_stored(self, problem: Problem, made: Projected, stored: Stored) -> Projected:
+        """Return a projection with what was stored of it."""
         final = {name: stored.load(name).double() for name in problem.names}
-        note = "; ".join(text for text in (projected.note, training_remark(problem, self.writer)) if text)
-        return replace(projected, change=projected.distance(final), note=note), stored
+        remark = training_remark(problem, self.writer) if self.writer is not None else ""
+        return replace(made, change=made.distance(final)).with_note(remark)
 
     def wanted(self, entries: Sequence[Entry]) -> set[str]:
         """Return the stored tensors, one to a weight, of all weights that may change."""
@@ -158,10 +183,9 @@ class ClipRun:
         )
 
     def _raw_change(self, problem: Problem, stored: Stored) -> float:
-        """Return ‖W′ − W‖/‖W‖ over the stored tensors that changed, or over the weights that they make."""
-        made = [name for name in problem.names if self.writer is not None and self.writer.derived(name)]
-        if made:
-            pairs = [(problem.load(name), stored.load(name)) for name in made]
+        """Return ‖W′ − W‖/‖W‖ over the weights, or, where some are the same entries, over the stored tensors."""
+        if problem.places is None:
+            pairs = [(problem.load(name), stored.load(name)) for name in problem.names]
         else:
             pairs = [(self.checkpoint.read(name), value) for name, value in stored.edits.items()]
         moved = sum(float((new.double() - old.double()).square().sum()) for old, new in pairs)
@@ -212,6 +236,10 @@ class ClipRun:
             if isinstance(entry.item, Region):
                 reads = [name for node in entry.item.nodes for name in node.inputs]
                 entry.recentered = tuple(stored[name] for name in dict.fromkeys(reads) if name in stored)
+                why = found.reasons.get(entry.item.key)
+                if why and entry.projected is not None and not entry.recentered:
+                    note = f"means stay: {why}"
+                    entry.projected = entry.projected.with_note(note)
 
     def _settled(self, item: Region | Skipped, load: Load, options: Options) -> Row:
         """Return a row as written; where values that crowd at the limit keep it from converging, with more effort.
@@ -277,6 +305,12 @@ class ClipRun:
             solver=made.method,
             reason=made.note,
         )
+
+
+def _refuse(entries: Sequence[Entry], error: OperatorError) -> None:
+    for entry in entries:
+        if entry.action == "clip":
+            entry.action, entry.reason = "refused", f"{error}"
 
 
 def _region(item: Region | Skipped) -> Region:

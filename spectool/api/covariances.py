@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ _CHUNK = 1 << 24
 _PLAIN = 512
 """Taps up to which products are summed in float64 from the start."""
 
+_SQUARES = 1e-12, 1e12
+"""Sizes of numbers that float32 takes, squared as well."""
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _PARAMETERS = (
@@ -50,7 +53,7 @@ class Covariances:
 
     Attributes:
         found: Checkpoint key of a weight → H ``(groups, taps, taps)`` with a ridge of 3 % of its mean diagonal,
-            float32.
+            float32; over that diagonal where it is tiny or huge, since changes are told relatively.
         missing: Checkpoint key → why there is none; ``""`` for all others.
     """
 
@@ -76,24 +79,20 @@ class _Moments:
             self.second = torch.zeros(groups, taps, taps, dtype=torch.float64)
         # Less the shift nothing cancels, and products in float32 are good to 1e-6.
         centred = patches - self.shift
-        centred = centred.double() if patches.shape[2] <= _PLAIN else centred
+        small = patches.shape[2] <= _PLAIN or not _SQUARES[0] <= float(centred.abs().max()) <= _SQUARES[1]
+        centred = centred.double() if small else centred
         self.first += centred.sum(dim=1).double()
         self.second += (centred.mT @ centred).double()
         self.rows += patches.shape[1]
 
     def covariance(self) -> Tensor | None:
-        """Return H; None if nothing was seen, or nothing finite."""
-        if self.first is None or self.second is None or self.rows == 0:
+        """Return the covariance, float64, zero where only roundings vary; None if nothing was seen."""
+        if self.shift is None or self.first is None or self.second is None or self.rows == 0:
             return None
         mean = self.first / self.rows
         made = self.second / self.rows - mean[:, :, None] * mean[:, None, :]
-        diagonal = made.diagonal(dim1=1, dim2=2)
-        # One ridge for all groups: a group that sees nothing must not be free to change.
-        ridge = _RIDGE * float(diagonal.mean())
-        if not math.isfinite(ridge) or ridge <= 0.0:
-            return None
-        diagonal += ridge
-        return made.float()
+        rounding = torch.finfo(self.shift.dtype).eps ** 2 * float(self.shift.double().square().mean())
+        return made if float(made.diagonal(dim1=1, dim2=2).mean()) > rounding else torch.zeros_like(made)
 
 
 @dataclass
@@ -144,7 +143,8 @@ def tap_covariances(
             continue
         own = tuple(f"{name}.{leaf}" if name else leaf for leaf in _PARAMETERS)
         stored = tuple(keys.get(parameter, parameter) for parameter in own)
-        stored = tuple(key for key in stored if key in checkpoint.tensors)
+        # Tied tensors go by one name.
+        stored = tuple(checkpoint.aliases.get(key, key) for key in stored if key in checkpoint.tensors)
         if wanted is None or not set(stored).isdisjoint(wanted):
             watches.append(_Watch(stored))
             child.register_forward_pre_hook(watches[-1].see)
@@ -159,18 +159,40 @@ def tap_covariances(
             ) from error
     found: dict[str, Tensor] = {}
     missing = {"": "no convolution or linear layer of the network has it"}
+    together: dict[str, list[_Watch]] = {}
     for watch in watches:
-        made = None if watch.refused else watch.moments.covariance()
         for key in watch.keys:
-            if made is not None:
-                found[key] = made
-            elif watch.refused:
-                missing[key] = watch.refused
-            else:
-                missing[key] = (
-                    "its layer saw nothing that varies" if watch.moments.rows else "its layer was not called"
-                )
+            together.setdefault(key, []).append(watch)
+    for key, sharing in together.items():
+        made = _joint(sharing)
+        if isinstance(made, str):
+            missing[key] = made
+        else:
+            found[key] = made
     return Covariances(found, missing)
+
+
+def _joint(watches: Sequence[_Watch]) -> Tensor | str:
+    """Return H of a weight, the sum over the layers that share it, or why there is none."""
+    refused = next((watch.refused for watch in watches if watch.refused), "")
+    if refused:
+        return refused
+    each = [made for watch in watches if (made := watch.moments.covariance()) is not None]
+    if not each:
+        return "its layer was not called"
+    if any(made.shape != each[0].shape for made in each):
+        return "the layers that share it see other taps"
+    total = torch.stack(each).sum(dim=0)
+    diagonal = total.diagonal(dim1=1, dim2=2)
+    size = float(diagonal.mean())
+    if not math.isfinite(size) or size <= 0.0:
+        return "its layer saw nothing that varies" if size <= 0.0 else "its layer saw infinite numbers"
+    if not _SQUARES[0] <= size <= _SQUARES[1]:
+        total /= size
+        size = 1.0
+    # One ridge for all groups: a group that sees nothing must not be free to change.
+    diagonal += _RIDGE * size
+    return total.float()
 
 
 def _unfit(layer: nn.Module, arguments: tuple[object, ...]) -> str:

@@ -57,9 +57,9 @@ class Covariance:
 
     @cached_property
     def root(self) -> Tensor:
-        """L ``(groups, taps, taps)``, lower triangular."""
-        made: Tensor = torch.linalg.cholesky(self.matrix)
-        return made
+        """L ``(groups, taps, taps)``, lower triangular; NaN where H is not positive definite."""
+        made, failed = torch.linalg.cholesky_ex(self.matrix)
+        return torch.where((failed > 0)[:, None, None], torch.nan, made) if bool(failed.any()) else made
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -85,10 +85,6 @@ class Covariance:
     def turn_back(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the weight of a shape that ``turn`` makes ``x`` of."""
         return self.rows.join(x @ self.inverse.to(x), shape)
-
-    def pull(self, gradient: Tensor) -> Tensor:
-        """Return the gradient in ``turn``'s result of one in the weight."""
-        return self.rows.split(gradient) @ self.inverse.to(gradient).mT
 
 
 @dataclass(frozen=True, eq=False)

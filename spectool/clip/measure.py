@@ -57,6 +57,8 @@ def covariance_of(
     covariance = Covariance(matrix.double(), rows)
     if not covariance.fits(weight):
         return None, "what its layer sees is not what its rows are multiplied with"
+    if not bool(covariance.root.isfinite().all()):
+        return None, "the covariance of what its layer sees is lost in roundings"
     if len(forms) == 1 and is_row_matrix(forms[0], weight):
         _, m, n = rows.split(weight).shape
         return (None, f"a matrix {m}×{n} takes too long") if m * n * min(m, n) > WORK else (covariance, "")

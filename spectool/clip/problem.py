@@ -21,11 +21,10 @@ from spectool.clip.replayed import Replayed, region_function
 from spectool.clip.split import split
 from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
-from spectool.graph.types import BatchNorm, Call, Conv, Embedding, Linear, Region
-from spectool.graph.writing import Writer
+from spectool.graph.types import BatchNorm, Conv, Embedding, Linear, Region
 from spectool.linear import ConvGeometry, ConvMap, FunctionMap, InfiniteConv, LinearMap, MatrixMap, fold
 from spectool.lower import lower
-from spectool.lower.replay import Load, constant_names
+from spectool.lower.replay import Load
 
 _DOUBLE_WORK = 2e6
 """Flops of an application up to which arithmetic is done in float64."""
@@ -47,97 +46,19 @@ class Problem:
         constraints: Regions and their limits.
         names: The edited constants, as the regions read them.
         load: Reads a constant.
+        places: Where there are constants with entries in common: constant → place of each entry, flat, in a row of
+            the distinct ones.
     """
 
     constraints: tuple[Constraint, ...]
     names: tuple[str, ...]
     load: Load
+    places: Mapping[str, Tensor] | None = None
 
     @property
     def key(self) -> str:
         """Key of the largest region."""
         return max((c.region for c in self.constraints), key=lambda region: len(region.nodes)).key
-
-
-def edited_constants(region: Region, writer: Writer | None) -> tuple[str, ...]:
-    """Return the constants of a region that a clip may change: kernels and matrices that can be written back.
-
-    Raises:
-        OperatorError: If there is a matrix weight and none of them can be written back.
-    """
-    found: dict[str, None] = {}
-    for node in region.nodes:
-        if isinstance(node.op, (Conv, Linear, Embedding)):
-            found[node.inputs[1]] = None
-    if not found:
-        constants = set(constant_names(region))
-        for node in region.nodes:
-            if isinstance(node.op, Call):
-                found.update((name, None) for name in node.inputs if name in constants and name)
-    if writer is None:
-        raise OperatorError(f"{region.key}: nothing can be written back to this source")
-    usable = tuple(name for name in found if writer.homes(name) is not None)
-    if not usable:
-        raise OperatorError(
-            f"{region.key} cannot be written back: its weight is computed from stored tensors",
-            hint="merge it into plain weights first",
-        )
-    return usable
-
-
-def group(
-    constraints: Sequence[Constraint], load: Load, writer: Writer | None
-) -> tuple[list[Problem], dict[int, str]]:
-    """Return problems of constraints that hang together, in order, and why some constraint has none.
-
-    Args:
-        constraints: Regions with their limits.
-        load: Reads a constant.
-        writer: The way back to stored tensors.
-
-    Returns:
-        The problems; index of a constraint that cannot be clipped → reason.
-    """
-    refused: dict[int, str] = {}
-    names: dict[int, tuple[str, ...]] = {}
-    for index, constraint in enumerate(constraints):
-        try:
-            names[index] = _floating(edited_constants(constraint.region, writer), load)
-            if not names[index]:
-                refused[index] = "it has no weight of a real type to change"
-        except OperatorError as error:
-            refused[index] = str(error)
-    homes = {
-        index: {name if writer is None else _home(name, writer) for name in found}
-        for index, found in names.items()
-        if index not in refused
-    }
-    problems: list[Problem] = []
-    left = sorted(homes)
-    while left:
-        together, shared, grown = [left.pop(0)], set(), True
-        shared = set(homes[together[0]])
-        while grown:
-            more = [index for index in left if homes[index] & shared]
-            for index in more:
-                left.remove(index)
-                shared |= homes[index]
-            together += more
-            grown = bool(more)
-        together.sort()
-        edited = tuple(dict.fromkeys(name for index in together for name in names[index]))
-        problems.append(Problem(tuple(constraints[index] for index in together), edited, load))
-    return problems, refused
-
-
-def _home(name: str, writer: Writer) -> str:
-    # Different parts of one tensor are independent; one constant is itself wherever it is read.
-    homes = writer.homes(name) or (name,)
-    return name if "[" in name else homes[0]
-
-
-def _floating(names: Sequence[str], load: Load) -> tuple[str, ...]:
-    return tuple(name for name in names if load(name).is_floating_point() and load(name).dim() >= 1)
 
 
 # --- one constant -----------------------------------------------------------------------------------------------
@@ -189,6 +110,24 @@ def closed_form(region: Region, name: str, load: Load) -> Closed | None:
             scale = ones.weight.T if transposed else ones.weight
         return Closed("matrix", scale, transposed=transposed)
     return None
+
+
+def coordinates_of(problem: Problem, forms: Sequence[Closed | None]) -> Coordinates:
+    """Return the coordinates in which a problem with one constant is solved: folded, where a batch norm is behind.
+
+    What s = 0 hides from one operator another may show (the convolution alone, or behind another batch norm): the
+    change of such entries would cost nothing, and they could not be left as they are either.
+    """
+    (name,) = problem.names
+    weight = problem.load(name).double()
+    scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
+    if scale is not None and bool((scale == 0).any()):
+        hidden = [
+            form.scale == 0 if form and form.scale is not None else torch.tensor(False) for form in forms
+        ]
+        if not all(bool((one | (scale != 0)).all()) for one in hidden):
+            scale = None
+    return Coordinates(weight, scale, "weights" if scale is None else "folded")
 
 
 def is_matrix(form: Closed | None, weight: Tensor) -> bool:

@@ -15,7 +15,15 @@ from spectool.clip.coordinates import Coordinates, Covariance, Metric
 from spectool.clip.family import ConvFamily, Family
 from spectool.clip.leading import leading
 from spectool.clip.measure import covariance_of, not_by_data
-from spectool.clip.problem import Closed, Problem, closed_form, family_of, is_matrix, is_row_matrix
+from spectool.clip.problem import (
+    Closed,
+    Problem,
+    closed_form,
+    coordinates_of,
+    family_of,
+    is_matrix,
+    is_row_matrix,
+)
 from spectool.clip.published import top_value
 from spectool.clip.turned import TurnedFamily
 from spectool.errors import OperatorError
@@ -96,6 +104,10 @@ class Projected:
     distance: Callable[[Mapping[str, Tensor]], float]
     note: str = ""
 
+    def with_note(self, more: str) -> Projected:
+        """Return the same with another remark, if there is one."""
+        return replace(self, note="; ".join(text for text in (self.note, more) if text))
+
 
 def project(problem: Problem, before: float, options: Options, progress: Progress = silent) -> Projected:
     """Return the nearest value of the one edited constant of a problem.
@@ -111,13 +123,10 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
     """
     (name,) = problem.names
     forms = [closed_form(c.region, name, problem.load) for c in problem.constraints]
-    scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
-    metric: Metric = "weights" if scale is None else "folded"
-    coordinates = Coordinates(problem.load(name).double(), scale, metric)
+    coordinates = coordinates_of(problem, forms)
     covariance, reason = covariance_of(problem, forms, coordinates.weight, options)
     if covariance is not None:
-        metric = "data"
-        coordinates = replace(coordinates, metric=metric, covariance=covariance)
+        coordinates = replace(coordinates, metric="data", covariance=covariance)
     unit = _unit(problem, forms)
     made, factor = _solve(_divided(problem, unit), coordinates.divided(unit), forms, options, progress)
     made = replace(made, weight=made.weight.double().cpu() * unit, lower=made.lower * unit)
@@ -125,7 +134,7 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
     length = float(torch.linalg.vector_norm(coordinates.start))
     return Projected(
         weights={name: weight},
-        metric=metric,
+        metric=coordinates.metric,
         change=coordinates.distance(weight),
         lower=made.lower / length if made.lower > 0 else None,
         scaling=max(0.0, 1.0 - 1.0 / before) if factor and before > 0 else None,
@@ -133,8 +142,8 @@ def project(problem: Problem, before: float, options: Options, progress: Progres
         iterations=made.iterations,
         applications=made.applications,
         distance=lambda values: coordinates.distance(values[name]),
-        note="; ".join(text for text in (made.note, not_by_data(metric, reason)) if text),
-    )
+        note=made.note,
+    ).with_note(not_by_data(coordinates.metric, reason))
 
 
 def _unit(problem: Problem, forms: Sequence[Closed | None]) -> float:

@@ -47,7 +47,7 @@ class Moved:
     Attributes:
         means: Running mean (or bias), as regions read it → new value, float64.
         shifts: Running mean → largest move over the standard deviation of its channel.
-        reasons: Key of a region whose weights changed → why nothing was moved there.
+        reasons: Key of a region whose weights changed and that has a batch norm → why nothing was moved there.
     """
 
     means: dict[str, Tensor] = field(default_factory=dict)
@@ -79,8 +79,6 @@ def recentred(
         touched = any(name in changed for node in region.nodes for name in node.inputs)
         norms = any(isinstance(node.op, BatchNorm) for node in region.nodes)
         if not norms and not (biases and any(_has_bias(node) for node in region.nodes)):
-            if touched:
-                made.reasons[region.key] = "no batch norm behind it"
             continue
         moments = moments_of(producer, region.root, old, behind)
         if not touched and (moments is None or moments.same):
@@ -319,7 +317,7 @@ def _explaining_mean(region: Region, load: Load) -> Tensor | None:
         cover = _channel_mean(_apply(plain, {node.inputs[0]: source[:, :1]}, alone), 1)
         response = (weight.flatten(2) * cover).sum(dim=2)
     wanted = constants[norm.inputs[3]] - bias
-    if response.shape[1] != len(shape) and response.shape[1] != (shape[0] if shape else 0):
+    if not shape or response.shape[1] != shape[0]:
         return None
     ridge = _RIDGE * float(torch.linalg.matrix_norm(response, ord=2)) ** 2
     gram = response.T @ response + (ridge + 1e-300) * torch.eye(response.shape[1], dtype=torch.float64)

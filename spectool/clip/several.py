@@ -67,7 +67,7 @@ def project_several(
         if joint.norm(reached) > max(1.0, joint.norm(present)) * 1.02:
             reached = {name: torch.lerp(present[name], reached[name], 0.5) for name in start}
         candidate = joint.scaled(reached)
-        moved = distance(start, candidate)
+        moved = joint.distance(candidate)
         progress(Step(problem.key, matvecs=joint.applications, message=f"pass {count}"))
         done = convex or moved > change * (1 - _BETTER)
         lower = made.lower if convex else 0.0
@@ -80,7 +80,7 @@ def project_several(
         raise OperatorError(f"{problem.key}: no weights were found that obey the limits")
     together = f"{len(problem.names)} weights at once"
     if convex:
-        length = math.sqrt(sum(float(value.square().sum()) for value in start.values()))
+        length = float(torch.linalg.vector_norm(joint.flat(start)))
         how, spent = f"bundle ({together})", joint.applications
         found = _projected(start, best, joint, before, how, made.iterations, spent, "")
         return replace(found, lower=lower / length if lower > 0 else None)
@@ -129,17 +129,17 @@ def _projected(
     spent: int,
     note: str,
 ) -> Projected:
-    plain = distance(start, joint.scaled(start)) if joint.degree else None
+    plain = joint.distance(joint.scaled(start)) if joint.degree else None
     return Projected(
         weights=best,
         metric="weights",
-        change=distance(start, best),
+        change=joint.distance(best),
         lower=None,
         scaling=plain,
         method=method,
         iterations=count,
         applications=spent,
-        distance=lambda values: distance(start, values),
+        distance=joint.distance,
         note=note,
     )
 
@@ -156,6 +156,12 @@ class _Joint:
     def __init__(self, problem: Problem, start: Mapping[str, Tensor], device: torch.device) -> None:
         self._problem, self._start, self._device = problem, start, device
         self._shapes = {name: tuple(value.shape) for name, value in start.items()}
+        self._places: dict[str, Tensor] = dict(problem.places or {})
+        begin = 0
+        for name in problem.names if problem.places is None else ():
+            self._places[name] = torch.arange(begin, begin + start[name].numel())
+            begin += start[name].numel()
+        self._size = 1 + max(int(places.max()) for places in self._places.values() if len(places))
         self.applications = 0
         zero = {name: torch.zeros_like(value) for name, value in start.items()}
         self.fixed = self.norm(zero)
@@ -189,13 +195,11 @@ class _Joint:
     def linearised(self, values: Mapping[str, Tensor]) -> Family:
         """Return the operators, linear in the joint weight around ``values``, whose start is w₀."""
         start = self.flat(self._start)
-        pieces = []
-        begin = 0
-        for name in self._problem.names:
-            size = math.prod(self._shapes[name])
-            pieces.append((name, begin, begin + size))
-            begin += size
-        return _Linearised(start, self.families(values), self._shapes, pieces, self._limits())
+        return _Linearised(start, self.families(values), self._shapes, self._places, self._limits())
+
+    def distance(self, values: Mapping[str, Tensor]) -> float:
+        """Return ‖w − w₀‖/‖w₀‖ over the distinct entries of all constants."""
+        return distance({"": self.flat(self._start)}, {"": self.flat(values)})
 
     def is_affine(self, values: Mapping[str, Tensor]) -> bool:
         """Return whether the operators are affine in all constants at once: branches, not chains."""
@@ -204,6 +208,7 @@ class _Joint:
             name: value * torch.randn(value.shape, generator=source, dtype=torch.float64)
             for name, value in values.items()
         }
+        other = self.parts(self.flat(other))
         claimed = self.linearised(values).at(self.flat(other))
         x = torch.randn(1, *claimed.in_shape, generator=source, dtype=torch.float64)
         with torch.no_grad():
@@ -221,17 +226,16 @@ class _Joint:
         return [constraint.limit for constraint in self._problem.constraints]
 
     def flat(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return all constants in one row."""
-        return torch.cat([values[name].flatten() for name in self._problem.names])
+        """Return the distinct entries of all constants in one row."""
+        made = torch.zeros(self._size, dtype=torch.float64)
+        for name, places in self._places.items():
+            made[places] = values[name].double().flatten()
+        return made
 
     def parts(self, weight: Tensor) -> dict[str, Tensor]:
         """Return the constants in one row as they are shaped."""
-        sizes = [math.prod(self._shapes[name]) for name in self._problem.names]
-        pieces = torch.split(weight.double(), sizes)
-        return {
-            name: piece.reshape(self._shapes[name])
-            for name, piece in zip(self._problem.names, pieces, strict=True)
-        }
+        wide = weight.double()
+        return {name: wide[places].reshape(self._shapes[name]) for name, places in self._places.items()}
 
     def norm(self, values: Mapping[str, Tensor]) -> float:
         """Return the largest σ₁ over limit."""
@@ -277,11 +281,11 @@ class _Linearised(Family):
         start: Tensor,
         families: Sequence[Sequence[tuple[str, Family]]],
         shapes: Mapping[str, tuple[int, ...]],
-        pieces: Sequence[tuple[str, int, int]],
+        places: Mapping[str, Tensor],
         limits: Sequence[float],
     ) -> None:
-        self._families, self._shapes, self._limits = families, shapes, limits
-        self._pieces = {name: (begin, end) for name, begin, end in pieces}
+        self._families, self._shapes, self._places = families, shapes, places
+        self._limits = limits
 
         def build(y: Tensor) -> LinearMap:
             maps = []
@@ -296,8 +300,7 @@ class _Linearised(Family):
         super().__init__(build, start, homogeneous=False)
 
     def _part(self, y: Tensor, name: str) -> Tensor:
-        begin, end = self._pieces[name]
-        return y[begin:end].reshape(self._shapes[name])
+        return y[self._places[name]].reshape(self._shapes[name])
 
     def pairs(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the gradients of all constants side by side."""
@@ -310,8 +313,7 @@ class _Linearised(Family):
             u = left[:, out : out + m].reshape(p, *A.out_shape) / limit
             v = right[:, size : size + n].reshape(p, *A.in_shape)
             for name, family in entries:
-                begin, end = self._pieces[name]
-                made[:, begin:end] += family.pairs(u, v)
+                made.index_add_(1, self._places[name], family.pairs(u, v))
             out, size = out + m, size + n
         return made
 

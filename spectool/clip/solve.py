@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from spectool.clip.measure import not_by_data
 from spectool.clip.problem import Problem
 from spectool.clip.project import Options, Projected, project
@@ -36,7 +34,7 @@ def solve(problem: Problem, before: float, options: Options, progress: Progress 
     if options.uncovered is None:
         return made
     reason = "several weights at once" if several else "its weight is used twice in a row"
-    return replace(made, note="; ".join(text for text in (made.note, not_by_data("weights", reason)) if text))
+    return made.with_note(not_by_data("weights", reason))
 
 
 def _unchanged(problem: Problem) -> Projected:

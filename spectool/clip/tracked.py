@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from spectool.clip.coordinates import Coordinates, Metric
 from spectool.clip.family import ConvFamily, flat
 from spectool.clip.leading import leading
-from spectool.clip.problem import Constraint, Problem, closed_form, family_of, is_matrix
+from spectool.clip.problem import Constraint, Problem, closed_form, coordinates_of, family_of, is_matrix
 from spectool.clip.project import Options
 from spectool.clip.solve import solve
 from spectool.clip.store import store
@@ -175,9 +174,7 @@ class Tracked:
         """Return new values from the kept rows, or None where a cold start is the better or the only way."""
         (name,) = problem.names
         forms = [closed_form(c.region, name, problem.load) for c in problem.constraints]
-        scale = next((form.scale for form in forms if form is not None and form.scale is not None), None)
-        metric: Metric = "weights" if scale is None else "folded"
-        coordinates = Coordinates(problem.load(name).double(), scale, metric)
+        coordinates = coordinates_of(problem, forms)
         form = forms[0] if len(forms) == 1 else None
         if form is not None and is_matrix(form, coordinates.weight):
             rows = self.members[0].rows

@@ -44,12 +44,14 @@ class Computed:
     """The constants of a program that known parametrisations make.
 
     Attributes:
-        origins: Constant → checkpoint keys it is made of.
+        origins: Constant → checkpoint keys it is made of; single numbers may be left out.
         shapes: Constant or checkpoint key → shape.
         make: Computes a constant as the program does, from stored tensors that a function reads by key.
         read: Reads a stored tensor by key.
         move: For a constant made by moving the entries of another, the first of which a test holds: that one's
             name, shape and flat indices.
+        numbers: Constant → keys of the stored single numbers it is made of: a length for a whole weight, or for its
+            only row; and whatever else a program computes with.
         found: What was recognised so far.
     """
 
@@ -58,6 +60,7 @@ class Computed:
     make: Callable[[str, Read], Tensor]
     read: Read
     move: Callable[[str, Callable[[str], bool]], Entries | None]
+    numbers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     found: dict[str, Effective | None] = field(default_factory=dict)
     moved: dict[str, Entries | None] = field(default_factory=dict)
 
@@ -70,19 +73,24 @@ class Computed:
     def entries(self, name: str) -> Entries | None:
         """Return the parametrised constant whose entries a constant consists of, its shape, and the indices."""
         if name not in self.moved:
-            known = len(self.origins.get(name, ())) > 1
+            known = len(self._sources(name)) > 1
             self.moved[name] = self.move(name, lambda one: self.weight(one) is not None) if known else None
         return self.moved[name]
 
+    def _sources(self, name: str) -> tuple[str, ...]:
+        """Return all keys that a constant is made of."""
+        return tuple(dict.fromkeys((*self.origins.get(name, ()), *self.numbers.get(name, ()))))
+
     def _candidates(self, name: str) -> Iterator[Effective]:
-        sources = self.origins.get(name, ())
+        sources = self._sources(name)
+        needed = set(self.origins.get(name, ()))
         if len(sources) < 2 or not all(key in self.shapes for key in sources):
             return
         stored = {key: _Stored(self.shapes[key]) for key in sources}
         for axis in (0, 1):
             for entry in find_reparametrised(stored, stored, axis=axis):
                 made = entry.weight
-                if made is None or made.invert is None or set(made.sources) != set(sources):
+                if made is None or made.invert is None or not needed <= set(made.sources):
                     continue
                 if made.shape == self.shapes.get(name):
                     yield made

@@ -123,6 +123,7 @@ def _survey(
             state.constants.make,
             checkpoint.read,
             state.constants.provenance,
+            _numbers(state.constants),
         ),
     )
     survey = survey_graph(graph, known, source="onnx", notes=state.notes)
@@ -193,6 +194,18 @@ def _graph(state: State, inputs: Sequence[str], outputs: Sequence[str]) -> Graph
             name: constant.origins for name, constant in state.constants.table.items() if constant.origins
         },
     )
+
+
+def _numbers(constants: Constants) -> dict[str, tuple[str, ...]]:
+    """Return, for constants that nodes compute, the keys of the stored single numbers they are made of."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, entry in constants.table.items():  # sources come before what is made of them
+        if entry.node is not None:
+            keys = dict.fromkeys(key for source in entry.node[1] for key in found.get(source, ()))
+            found[name] = tuple(keys)
+        elif entry.numel == 1 and not entry.depth and entry.dtype.startswith(("float", "bfloat")):
+            found[name] = entry.origins
+    return {name: keys for name, keys in found.items() if keys}
 
 
 def _mover(state: State) -> Any:
