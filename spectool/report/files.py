@@ -67,15 +67,19 @@ def descriptor_of(path: Path) -> int | None:
     for _ in range(_MOST_LINKS):
         if path.name.isdecimal() and os.path.realpath(path.parent) in map(os.path.realpath, _OPEN_FILES):
             return int(path.name)
-        if not path.is_symlink():
+        if not os.path.islink(path):  # noqa: PTH114 - a closed folder is for who writes there to explain
             return None
         path = path.parent / path.readlink()
     return None
 
 
 def _replace(place: Path, data: bytes) -> None:
-    mode, owner = look_of(place, 0o666 & ~_umask())
-    with temporary_file(place) as ready:
+    mode, owner = look_of(place, 0o666)
+    # A new file is created as any other is, so that the system takes off the umask: to ask for that would change it
+    # for the moment, and for the files of other threads.
+    with temporary_file(place, mode if owner is None else 0o600) as ready:
+        if owner is None:
+            mode = stat.S_IMODE(ready.stat().st_mode)
         with (
             new_file(ready, mode, owner=owner, made=True) as descriptor,
             os.fdopen(descriptor, "wb", closefd=False) as stream,
@@ -110,9 +114,3 @@ def _is_special(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
