@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from spectool.checkpoint.patch.place import hint_for, look_of, place_file
 from spectool.checkpoint.patch.temporary import new_file, temporary_file
@@ -89,8 +91,40 @@ def _replace(place: Path, data: bytes) -> None:
 
 
 def _pour(descriptor: int, data: bytes) -> None:
-    with suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
+    with suppress(BrokenPipeError), os.fdopen(descriptor, "wb", buffering=0) as stream:
+        write_whole(stream, data)
+
+
+def write_whole(stream: IO[bytes], data: bytes) -> None:
+    """Write every byte to an open stream, with or without a buffer.
+
+    A stream without one (``PYTHONUNBUFFERED``) may take a part, when a disk is nearly full for example, and says no
+    more than how much. One that does not wait for its reader (a pipe made by a program that shares it) is waited for.
+
+    Raises:
+        OSError: If the system refuses.
+    """
+    view = memoryview(data)
+    while True:
+        try:
+            count = stream.write(view) or 0  # of nothing, too: a full device refuses that
+        except BlockingIOError as error:
+            count = error.characters_written
+        view = view[count:]
+        if not view:
+            break
+        if not count:
+            _wait_for(stream)
+    while True:
+        try:
+            stream.flush()
+            return
+        except BlockingIOError:
+            _wait_for(stream)
+
+
+def _wait_for(stream: IO[bytes]) -> None:
+    select.select([], [stream], [])
 
 
 @contextmanager
