@@ -106,7 +106,7 @@ def group(
             if not names[index]:
                 refused[index] = "it has no weight of a real type to change"
         except OperatorError as error:
-            refused[index] = str(error)
+            refused[index] = error.in_full
     homes = {
         index: {name if writer is None else _home(name, writer) for name in found}
         for index, found in names.items()
