@@ -11,9 +11,10 @@ from unittest import mock
 
 import pytest
 from boundaries import tree
-from scenarios import EVERY, INDEX, SHARDS, Scenario, assert_sound, leftovers
+from scenarios import EVERY, INDEX, SHARDS, Scenario, assert_sound, edit, leftovers
 
 from spectool.checkpoint.patch import temporary
+from spectool.cli import main
 from spectool.errors import OutputError
 from spectool.report.files import replace_file
 
@@ -164,3 +165,25 @@ def test_the_mask_of_the_process_is_not_touched(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "r.csv").stat().st_mode) == 0o640
+
+
+def test_a_folder_where_a_disk_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A volume of a container, empty as it may be, is no folder that another could take the name of."""
+    scenario = BY_NAME["new folder"]
+    scenario.build(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with pytest.raises(OutputError, match="a disk is mounted there") as error:
+        edit(tmp_path / "in", out, force=True)
+    assert str(out / "out") in error.value.hint
+    assert main(["clip", str(tmp_path / "in"), "--max", "1", "-o", str(out), "--force"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == [
+        "error",
+        "hint",
+    ]  # at once, before anything is computed
+    edit(tmp_path / "in", out / "out")
+    assert_sound(out / "out")

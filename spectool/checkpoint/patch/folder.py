@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
-from spectool.checkpoint.patch.place import look_of, place_each, place_folder, sync_folder
+from spectool.checkpoint.patch.place import look_of, place_each, place_folder, refuse_mounted, sync_folder
 from spectool.checkpoint.patch.plan import Plan
 from spectool.checkpoint.patch.temporary import (
     dress_folder,
@@ -124,6 +124,7 @@ def write_copy(path: Path, source: Path, plan: Plan, contents: Mapping[Path, Con
 def _write(
     plan: Plan, out: Path, target: Path, files: Mapping[Path, Path], entry: Path, force: bool
 ) -> Written:
+    refuse_mounted(target)
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise OutputError(f"{target} holds files already", hint="name a new folder, or give --force")

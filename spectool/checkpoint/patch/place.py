@@ -77,6 +77,19 @@ def destination(out: Path, force: bool) -> Path:
     return target
 
 
+def refuse_mounted(folder: Path) -> None:
+    """Refuse a folder as output that cannot be renamed: a disk is mounted there, as volumes are in containers.
+
+    Raises:
+        OutputError: If it is one.
+    """
+    if folder.is_dir() and os.path.ismount(folder):
+        raise OutputError(
+            f"{folder} cannot be replaced: a disk is mounted there",
+            hint=f"name a new folder in it: {folder / 'out'}",
+        )
+
+
 def look_of(target: Path, mode: int) -> tuple[int, tuple[int, int] | None]:
     """Return the mode that a file under this name should have, and its owner and group if it replaces one.
 
