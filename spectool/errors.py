@@ -33,6 +33,11 @@ class SpectoolError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def in_full(self) -> str:
+        """What is wrong and what to do, as one phrase: for rows, which have one place for both."""
+        return f"{self}: {self.hint}" if self.hint else str(self)
+
 
 class UsageError(SpectoolError):
     """An argument or option that cannot be used."""

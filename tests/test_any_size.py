@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from layers import conv, gaussian, geometry, sigma_of
 import spectool
 from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
+from spectool.progress import Step
 from spectool.spectrum import supremum
 from spectool.spectrum.any_size import any_size, enclose_supremum
 from spectool.spectrum.symbol import LARGE_SIDE
@@ -219,3 +221,22 @@ def test_products_of_unknown_size_are_enclosed_or_refused(tmp_path: Path, kernel
         assert row.sigma_lower[0] <= truth * kernel * norm * (1 + 1e-6)
         assert row.sigma_upper[0] >= truth * kernel * norm
         assert row.sigma[0] == pytest.approx(truth, rel=1e-5)
+
+
+def test_progress_tells_how_far_the_search_is(tmp_path: Path) -> None:
+    """Every interval on the way holds σ₁, in its four digits too, and the row's key stands beside it."""
+    weight, grid = gaussian(72, 72, 3, 3) * 1e-3, 16
+    torch.save({"net.weight": weight}, tmp_path / "net.pt")
+    steps: list[Step] = []
+    spectool.inspect(tmp_path / "net.pt", progress=steps.append)
+    told = [re.fullmatch(r"(\d+) frequencies, σ₁ in \[(\S+), (\S+)\]", step.message) for step in steps]
+    found = [(int(one[1]), float(one[2]), float(one[3])) for one in told if one]
+    assert {step.task for step, one in zip(steps, told, strict=True) if one} == {"net.weight"}
+    counts, lower, upper = zip(*found, strict=True)
+    assert len(found) > 3
+    assert list(counts) == sorted(set(counts))
+    assert upper[-1] / lower[-1] < 1.001 < upper[0] / lower[0]
+    spectrum = np.moveaxis(np.fft.fftn(weight.double().numpy(), (grid, grid), axes=(2, 3)), (0, 1), (-2, -1))
+    sampled = float(np.linalg.svd(spectrum, compute_uv=False).max())
+    assert all(sampled <= high for high in upper)
+    assert all(low <= sampled / math.cos(math.pi / grid) ** 2 for low in lower)

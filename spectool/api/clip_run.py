@@ -261,7 +261,7 @@ class ClipRun:
         """Return the row of an operator as it now stands."""
         row, limit = entry.row, entry.limit
         if entry.action == "listed":
-            return ClipRow(row, "listed", limit, reason=entry.reason)
+            return ClipRow(row, "listed", reason=entry.reason)  # a limit that is not asked of it is none
         before = _enclosed(row)
         after_row = row
         item = items.get((entry.item.key, level_of(entry.item)))
@@ -310,7 +310,7 @@ class ClipRun:
 def _refuse(entries: Sequence[Entry], error: OperatorError) -> None:
     for entry in entries:
         if entry.action == "clip":
-            entry.action, entry.reason = "refused", f"{error}"
+            entry.action, entry.reason = "refused", error.in_full
 
 
 def _region(item: Region | Skipped) -> Region:

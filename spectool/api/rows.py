@@ -126,7 +126,7 @@ def _solved_row(row: Row, item: Region, load: Load, options: Options, progress: 
         )
     try:
         if isinstance(operator, InfiniteConv):
-            spectrum = supremum(operator)
+            spectrum = supremum(operator, progress=progress)
         else:
             spectrum = svds(
                 operator,

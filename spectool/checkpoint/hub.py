@@ -10,6 +10,7 @@ from typing import Any
 from spectool.checkpoint.jsonfile import parse_object
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.neighbours import is_there
+from spectool.checkpoint.payloads import is_payload_note
 from spectool.checkpoint.read import ShardReader
 from spectool.checkpoint.source import Source, unreadable
 from spectool.checkpoint.types import Checkpoint, TensorRef
@@ -94,7 +95,11 @@ def open_index(source: Source, limits: Limits, open_file: Open) -> Checkpoint | 
                     hint="which of them a reader takes is not said: download index and shards again",
                 )
     extra = sum(name not in places for shard in shards.values() for name in shard.tensors)
-    notes = (f"{extra} tensors of the shards are not in the index: left out",) if extra else ()
+    notes: tuple[str, ...] = (
+        (f"{extra} tensors of the shards are not in the index: left out",) if extra else ()
+    )
+    for file, shard in shards.items():
+        notes += tuple(f"{file}: {note}" for note in shard.notes if is_payload_note(note))
     kinds = {shard.format for shard in shards.values()}
     form = "safetensors-sharded" if kinds == {"safetensors"} else "torch-sharded"
     aliases = {}

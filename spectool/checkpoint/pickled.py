@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from spectool.checkpoint.inert import BadCall, Foreign, Reference, append_items, set_items
 from spectool.checkpoint.limits import Limits
+from spectool.checkpoint.payloads import Payloads
 from spectool.checkpoint.rebuild import build, call, new_object
 from spectool.errors import CorruptFile
 
@@ -30,7 +31,11 @@ _IGNORED = {"PROTO", "FRAME"}
 
 
 def unpickle(
-    stream: BinaryIO, what: str, limits: Limits, persistent: Callable[[Any], Any] | None = None
+    stream: BinaryIO,
+    what: str,
+    limits: Limits,
+    persistent: Callable[[Any], Any] | None = None,
+    payloads: Payloads | None = None,
 ) -> Any:
     """Return what one pickle describes; the stream stands behind it afterwards.
 
@@ -39,6 +44,7 @@ def unpickle(
         what: File and record, for messages.
         limits: ``opcodes`` and ``integer_bytes`` apply here; the caller bounds the bytes.
         persistent: What a persistent id stands for.
+        payloads: Is told of every name and call.
 
     Returns:
         Plain values, ``Reference``, ``Foreign`` and ``Tensor`` objects, possibly with cycles.
@@ -47,7 +53,7 @@ def unpickle(
         CorruptFile: If it is not a well-formed pickle.
         LimitExceeded: If it is too long.
     """
-    machine = _Machine(what, limits, persistent)
+    machine = _Machine(what, limits, persistent, payloads or Payloads())
     try:
         with warnings.catch_warnings():
             # The library's decoder of protocol 0 strings warns about odd escapes in damaged ones.
@@ -74,10 +80,13 @@ def unpickle(
 class _Machine:
     """The pickle stack machine over inert values. One method per group of opcodes."""
 
-    def __init__(self, what: str, limits: Limits, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, what: str, limits: Limits, persistent: Callable[[Any], Any] | None, payloads: Payloads
+    ) -> None:
         self._what = what
         self._limits = limits
         self._persistent = persistent
+        self._payloads = payloads
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -198,34 +207,46 @@ class _Machine:
 
     # --- names and calls ----------------------------------------------------------------------------------
 
+    def _named(self, name: str) -> Reference:
+        self._payloads.name(name)
+        return Reference(name)
+
+    def _called(self, function: Any, args: Any) -> Any:
+        self._payloads.call(function, args)
+        return call(function, args)
+
+    def _made(self, cls: Any, args: Any) -> Any:
+        self._payloads.call(cls, args)
+        return new_object(cls, args)
+
     def _op_global(self, argument: str) -> None:
-        self._stack.append(Reference(argument.replace(" ", ".", 1)))
+        self._stack.append(self._named(argument.replace(" ", ".", 1)))
 
     def _op_stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise TypeError("a class is named by something that is no string")
-        self._stack.append(Reference(f"{module}.{name}"))
+        self._stack.append(self._named(f"{module}.{name}"))
 
     def _op_reduce(self, _: Any) -> None:
         args, function = self._stack.pop(), self._stack.pop()
-        self._stack.append(call(function, args))
+        self._stack.append(self._called(function, args))
 
     def _op_newobj(self, _: Any) -> None:
         args, cls = self._stack.pop(), self._stack.pop()
-        self._stack.append(new_object(cls, args))
+        self._stack.append(self._made(cls, args))
 
     def _op_newobj_ex(self, _: Any) -> None:
         _, args, cls = self._stack.pop(), self._stack.pop(), self._stack.pop()
-        self._stack.append(new_object(cls, args))
+        self._stack.append(self._made(cls, args))
 
     def _op_inst(self, argument: str) -> None:
         args = tuple(self._take_marked())
-        self._stack.append(call(Reference(argument.replace(" ", ".", 1)), args))
+        self._stack.append(self._called(self._named(argument.replace(" ", ".", 1)), args))
 
     def _op_obj(self, _: Any) -> None:
         cls, *args = self._take_marked()
-        self._stack.append(call(cls, tuple(args)))
+        self._stack.append(self._called(cls, tuple(args)))
 
     def _op_build(self, _: Any) -> None:
         state = self._stack.pop()

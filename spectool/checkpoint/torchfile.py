@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 from spectool.checkpoint.archive import Archive
@@ -13,6 +14,7 @@ from spectool.checkpoint.inert import Reference, Storage, brief
 from spectool.checkpoint.limits import Limits
 from spectool.checkpoint.modules import Collector, scalars
 from spectool.checkpoint.nest import Nest
+from spectool.checkpoint.payloads import Payloads
 from spectool.checkpoint.pickled import unpickle
 from spectool.checkpoint.read import Reader, find_aliases
 from spectool.checkpoint.recognise import is_tar
@@ -32,17 +34,23 @@ def open_torch_zip(archive: Archive, limits: Limits, key: str | None) -> Checkpo
         CorruptFile, LimitExceeded: If a record is missing, damaged or too large.
         NothingToAnalyse, UsageError: As ``Nest.choose``.
     """
-    root = unpickle_record(archive, "data.pkl", limits, _Storages())
-    return assemble(archive.source, "torch-zip", root, zip_locator(archive, "data", limits), limits, key)
+    payloads = Payloads()
+    root = unpickle_record(archive, "data.pkl", limits, _Storages(), payloads)
+    found = assemble(archive.source, "torch-zip", root, zip_locator(archive, "data", limits), limits, key)
+    return replace(found, notes=(*found.notes, *payloads.notes()))
 
 
 def unpickle_record(
-    archive: Archive, name: str, limits: Limits, persistent: Callable[[Any], Any] | None = None
+    archive: Archive,
+    name: str,
+    limits: Limits,
+    persistent: Callable[[Any], Any] | None = None,
+    payloads: Payloads | None = None,
 ) -> Any:
     """Return the inert contents of one pickle record of a torch archive, storages as ``storage_of`` by default."""
     data = archive.read(name, "pickle_bytes")
     what = f"{archive.source.path}: record {name!r}"
-    return unpickle(io.BytesIO(data), what, limits, persistent or storage_of)
+    return unpickle(io.BytesIO(data), what, limits, persistent or storage_of, payloads)
 
 
 def zip_locator(archive: Archive, folder: str, limits: Limits) -> Callable[[Storage], Place]:
@@ -143,7 +151,7 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
         NothingToAnalyse, UsageError: As ``Nest.choose``.
     """
     path = source.path
-    found = _Storages()
+    found, payloads = _Storages(), Payloads()
     if is_tar(source.head(512)):
         raise CorruptFile(
             f"{path} is both a tar archive and a torch file",
@@ -151,14 +159,14 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
         )
     with source.stream(limits, "pickle_bytes") as stream:
         tape = cast(BinaryIO, _Tape(stream, f"{path}: its pickles", limits))
-        unpickle(tape, f"{path}: the magic number", limits)
-        if unpickle(tape, f"{path}: the protocol version", limits) != _LEGACY_PROTOCOL:
+        unpickle(tape, f"{path}: the magic number", limits, payloads=payloads)
+        if unpickle(tape, f"{path}: the protocol version", limits, payloads=payloads) != _LEGACY_PROTOCOL:
             raise UnrecognisedFormat(
                 f"{path}: a torch file of an unknown old protocol", hint="save it with a new torch"
             )
-        unpickle(tape, f"{path}: the system facts", limits)
-        root = unpickle(tape, f"{path}: the object", limits, found)
-        keys = unpickle(tape, f"{path}: the storage keys", limits)
+        unpickle(tape, f"{path}: the system facts", limits, payloads=payloads)
+        root = unpickle(tape, f"{path}: the object", limits, found, payloads)
+        keys = unpickle(tape, f"{path}: the storage keys", limits, payloads=payloads)
         position = tape.tell()
     if not (isinstance(keys, list) and all(isinstance(name, str) for name in keys)):
         raise CorruptFile(f"{path}: the list of storage keys is no list of strings")
@@ -189,7 +197,8 @@ def open_legacy(source: Source, limits: Limits, key: str | None) -> Checkpoint:
             raise CorruptFile(f"{path}: storage {storage.key!r} is used but not in the file")
         return places[storage.key]
 
-    return assemble(source, "torch-legacy", root, locate, limits, key)
+    opened = assemble(source, "torch-legacy", root, locate, limits, key)
+    return replace(opened, notes=(*opened.notes, *payloads.notes()))
 
 
 def assemble(

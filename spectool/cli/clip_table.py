@@ -66,9 +66,7 @@ def _columns(rows: Sequence[ClipRow], prove: bool, *, brief: bool) -> list[GridC
         made = ((row, value(row)) for row in rows)
         return tuple(cell if isinstance(cell, Text) else Text(cell, _shade(row)) for row, cell in made)
 
-    known = {
-        column.header: column for column in row_columns([r.row for r in rows], nested=False, brief=brief)
-    }
+    known = {column.header: column for column in row_columns([r.row for r in rows], nested=None, brief=brief)}
     names, kinds = (
         tuple(Text(cell.plain, _shade(row)) for cell, row in zip(known[name].cells, rows, strict=True))
         for name in ("layer", "kind")

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from spectool.checkpoint.patch.place import destination, explained
+from spectool.checkpoint.patch.place import destination, explained, refuse_mounted
 from spectool.cli.messages import say
 from spectool.cli.numbers import readable_bytes
 from spectool.cli.parsing import same_file
@@ -61,6 +61,7 @@ def choose_checkpoint(
     if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists already", hint="--force replaces it")
     _check_writable(out)
+    refuse_mounted(out)
     if not quiet:
         _warn_of_room(source, out)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -16,6 +16,10 @@ from spectool.report.text import shape_text, visible
 
 _STYLES = {"skipped": "yellow", "failed": "red", "nonlinear": "dim"}
 _NAMED = 3
+_HANGING, _BESIDE = "└ ", "+ "
+_COMPOSED = (
+    "composed: what it names, taken together as one linear map; rows without this mark are stored layers"
+)
 Remark = tuple[str, str, str, str]  # label, style, text, keys of the rows
 
 
@@ -36,7 +40,7 @@ def layers_grid(
         if any(cell.plain for cell in column.cells)
     ]
     table, hidden = fit(columns, width)
-    return with_remarks(table, _remarks(rows)), hidden
+    return with_remarks(table, [*_remarks(rows), *_legend(rows, nested)]), hidden
 
 
 def with_remarks(table: RenderableType, entries: Iterable[Remark]) -> RenderableType:
@@ -49,16 +53,18 @@ def with_remarks(table: RenderableType, entries: Iterable[Remark]) -> Renderable
     return Group(table, Text(""), remarks) if remarks.row_count else table
 
 
-def row_columns(rows: Sequence[Row], *, nested: bool, brief: bool) -> list[GridColumn]:
+def row_columns(rows: Sequence[Row], *, nested: bool | None, brief: bool) -> list[GridColumn]:
     """Return the columns of a table of rows.
 
     Args:
         rows: In display order.
-        nested: Whether composed rows hang below their layers.
+        nested: Whether composed rows still follow their layers, so that they can hang below them; None to mark none.
         brief: Whether long kinds are cut.
     """
     longest = max((len(row.sigma) for row in rows), default=0)
     curve = f"σ₁…σ{''.join('₀₁₂₃₄₅₆₇₈₉'[int(digit)] for digit in str(longest))}" if longest > 1 else ""
+
+    marks = {} if nested is None else _marks(rows, nested)
 
     def cells(value: Callable[[Row], str | Text]) -> tuple[Text, ...]:
         made = (value(row) for row in rows)
@@ -66,7 +72,7 @@ def row_columns(rows: Sequence[Row], *, nested: bool, brief: bool) -> list[GridC
 
     # Numbers never lose their interval: σ₁ and its bounds are the two columns that always stay.
     return [
-        GridColumn("layer", cells(lambda row: _name(row, nested)), shrink=True),
+        GridColumn("layer", cells(lambda row: _name(row, marks)), shrink=True),
         GridColumn("kind", cells(lambda row: _kind(row, brief)), drop=10),
         GridColumn("weight", cells(_weight), drop=6),
         GridColumn("input", cells(lambda row: shape_cell(row, row.input_shape) or ""), drop=9),
@@ -89,11 +95,26 @@ def row_columns(rows: Sequence[Row], *, nested: bool, brief: bool) -> list[GridC
     ]
 
 
-def _name(row: Row, nested: bool) -> Text:
+def _name(row: Row, marks: Mapping[str, str]) -> Text:
     style = _STYLES.get(row.status, "")
     if row.level == "layer":
         return Text(visible(row.layer), style)
-    return Text(f"{'└ ' if nested else ''}{_composed_name(row.layer)}", style)
+    return Text(f"{marks.get(row.layer, '')}{_composed_name(row.layer)}", style)
+
+
+def _marks(rows: Sequence[Row], nested: bool) -> dict[str, str]:
+    """Return what stands before the keys of composed rows, where there are rows of stored layers beside them."""
+    stored = {row.layer for row in rows if row.level == "layer"}
+    if not stored:
+        return {}
+    composed = (row.layer for row in rows if row.level == "composed")
+    return {key: _HANGING if nested and key.partition(" + ")[0] in stored else _BESIDE for key in composed}
+
+
+def _legend(rows: Sequence[Row], nested: bool) -> Iterator[Remark]:
+    """Say what the marks mean."""
+    for mark in dict.fromkeys(_marks(rows, nested).values()):
+        yield mark.strip(), "bold", _COMPOSED, ""
 
 
 def _composed_name(key: str) -> str:

@@ -139,16 +139,28 @@ Inputs = Annotated[
         "where the program takes a number.",
     ),
 ]
-_METHOD = option(
-    COMPUTE,
-    "--method",
-    metavar="NAME",
-    help="auto, exact, lanczos, power or powerqr; for clip auto, svd, bundle or symbol, or to compare with scale, "
-    "fastclip or sedghi.",
-    show_default=True,
-)
-Method = Annotated[MethodName, _METHOD]
-ClipMethod = Annotated[ClipMethodName, _METHOD]
+Method = Annotated[
+    MethodName,
+    option(
+        COMPUTE,
+        "--method",
+        metavar="NAME",
+        help="auto chooses for each operator. exact: all values, of small or structured ones. lanczos: the k largest "
+        "of large ones. power, powerqr: slower, to compare with.",
+        show_default=True,
+    ),
+]
+ClipMethod = Annotated[
+    ClipMethodName,
+    option(
+        COMPUTE,
+        "--method",
+        metavar="NAME",
+        help="auto chooses for each operator. svd: matrices. bundle: any operator, few values above the limit. symbol: "
+        "a lone convolution, many. scale, fastclip, sedghi: published ones, to compare with.",
+        show_default=True,
+    ),
+]
 Tol = Annotated[
     float, option(COMPUTE, "--tol", metavar="X", help="Relative residual to reach.", show_default=True)
 ]

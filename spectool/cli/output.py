@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 TABLE = "table"
+_AGREE = {("json", "sarif")}  # suffixes that promise nothing wrong though they ask for another format
 Drawing = Callable[[int | None], "tuple[RenderableType, list[str]]"]
 
 
@@ -82,6 +83,9 @@ def choose_target(
     own = next((name for name, suffixes in (more or {}).items() if suffix in suffixes), None)
     chosen = format or own or format_of(path)
     check_target(path)
+    promised = own or (suffix if suffix in FORMATS else chosen)
+    if promised != chosen and (suffix, chosen) not in _AGREE and not quiet:
+        say(f"{path} ends in .{suffix}, but --format says {chosen}, and that is written", label="warning")
     if same_file(path, source):
         raise UsageError(
             f"{path} is the file to read; it is not overwritten", hint=f"name another file after {flag}"

@@ -9,6 +9,7 @@ import sys
 
 from spectool.checkpoint.patch.place import hint_for
 from spectool.errors import OutputError
+from spectool.report.files import write_whole
 
 
 def open_streams() -> None:
@@ -61,8 +62,7 @@ def emit(data: bytes) -> None:
             # A bare CR would move the cursor over what stands there.
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\\r")
         sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        write_whole(sys.stdout.buffer, data)
     except BrokenPipeError:
         drop_stdout()
     except OSError as error:

@@ -69,7 +69,7 @@ def draw_check(
     ]
     if not rows:
         return Group(), []
-    columns = row_columns([row.row for row in rows], nested=False, brief=width is not None)
+    columns = row_columns([row.row for row in rows], nested=None, brief=width is not None)
     columns = [column for column in columns if column.header in _KEPT]
     columns += [
         GridColumn("limit", tuple(Text(_limit(row)) for row in rows), "right"),

@@ -61,7 +61,7 @@ def group(
             if not names[index]:
                 refused[index] = "it has no weight of a real type to change"
         except OperatorError as error:
-            refused[index] = str(error)
+            refused[index] = error.in_full
     usable = dict.fromkeys(name for index, found in names.items() if index not in refused for name in found)
     whole = {} if writer is None else _whole_tensors(list(usable), load, writer)
     tokens = _tokens(list(usable), writer, whole)

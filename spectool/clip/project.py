@@ -211,7 +211,10 @@ def _choose(
     """Return (solver, why)."""
     if options.method != "auto":
         if options.method == "svd" and not is_matrix(form, coordinates.weight):
-            raise OperatorError("an SVD is the projection of matrices only", hint="use --method auto")
+            raise OperatorError(
+                "an SVD is the projection of matrices only",
+                hint="for this operator use --method bundle, or auto",
+            )
         return options.method, "asked for"
     if coordinates.covariance is not None:
         return "bundle", "the data metric"

@@ -122,7 +122,7 @@ def example_inputs(module: torch.nn.Module, given: Mapping[str, Given] | None) -
             raise UsageError(
                 f"{type(module).__name__} needs the shape of its input{plural} "
                 f"({_listed(required) or 'unnamed'})",
-                hint=f"e.g. {_example(module, required, shape)}",
+                hint=f"for example {_example(module, required, shape)}; give your own sizes",
             )
         given = {"": guess[0]}
     fixed: dict[str, Scalar] = {}
@@ -220,7 +220,7 @@ def _check_numbers_given(
     shape = next((value for value in given.values() if not isinstance(value, (int, float))), (1, 3, 224, 224))
     raise UsageError(
         f"{type(module).__name__} also needs {', '.join(map(str, missing))}",
-        hint=f"e.g. {_example(module, required, tuple(shape))}",
+        hint=f"for example {_example(module, required, tuple(shape))}; give your own values",
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from spectool.checkpoint.patch.place import hint_for, look_of, place_file
 from spectool.checkpoint.patch.temporary import new_file, temporary_file
@@ -67,15 +69,19 @@ def descriptor_of(path: Path) -> int | None:
     for _ in range(_MOST_LINKS):
         if path.name.isdecimal() and os.path.realpath(path.parent) in map(os.path.realpath, _OPEN_FILES):
             return int(path.name)
-        if not path.is_symlink():
+        if not os.path.islink(path):  # noqa: PTH114 - a closed folder is for who writes there to explain
             return None
         path = path.parent / path.readlink()
     return None
 
 
 def _replace(place: Path, data: bytes) -> None:
-    mode, owner = look_of(place, 0o666 & ~_umask())
-    with temporary_file(place) as ready:
+    mode, owner = look_of(place, 0o666)
+    # A new file is created as any other is, so that the system takes off the umask: to ask for that would change it
+    # for the moment, and for the files of other threads.
+    with temporary_file(place, mode if owner is None else 0o600) as ready:
+        if owner is None:
+            mode = stat.S_IMODE(ready.stat().st_mode)
         with (
             new_file(ready, mode, owner=owner, made=True) as descriptor,
             os.fdopen(descriptor, "wb", closefd=False) as stream,
@@ -85,8 +91,40 @@ def _replace(place: Path, data: bytes) -> None:
 
 
 def _pour(descriptor: int, data: bytes) -> None:
-    with suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
+    with suppress(BrokenPipeError), os.fdopen(descriptor, "wb", buffering=0) as stream:
+        write_whole(stream, data)
+
+
+def write_whole(stream: IO[bytes], data: bytes) -> None:
+    """Write every byte to an open stream, with or without a buffer.
+
+    A stream without one (``PYTHONUNBUFFERED``) may take a part, when a disk is nearly full for example, and says no
+    more than how much. One that does not wait for its reader (a pipe made by a program that shares it) is waited for.
+
+    Raises:
+        OSError: If the system refuses.
+    """
+    view = memoryview(data)
+    while True:
+        try:
+            count = stream.write(view) or 0  # of nothing, too: a full device refuses that
+        except BlockingIOError as error:
+            count = error.characters_written
+        view = view[count:]
+        if not view:
+            break
+        if not count:
+            _wait_for(stream)
+    while True:
+        try:
+            stream.flush()
+            return
+        except BlockingIOError:
+            _wait_for(stream)
+
+
+def _wait_for(stream: IO[bytes]) -> None:
+    select.select([], [stream], [])
 
 
 @contextmanager
@@ -110,9 +148,3 @@ def _is_special(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from math import gcd, pi, prod
 
 import torch
@@ -30,6 +32,7 @@ from spectool.errors import OperatorError, UsageError
 from spectool.linear import ConvGeometry, InfiniteConv
 from spectool.linear.memory import enough_memory
 from spectool.linear.scaling import check_real, count_not_finite, largest
+from spectool.progress import Progress, Step, silent
 from spectool.spectrum.levels import EPS
 from spectool.spectrum.stencil import grouped
 from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
@@ -63,7 +66,7 @@ class Enclosure:
 
 
 @enough_memory()
-def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
+def supremum(conv: InfiniteConv, *, tol: float = 1e-6, progress: Progress = silent) -> Spectrum:
     """Return σ₁ of a convolution on the infinite grid: k = 1, enclosed.
 
     ``values`` and ``lower`` come from the best frequency found, ``upper`` from the branch and bound. ``upper``
@@ -74,6 +77,7 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     Args:
         conv: The convolution; with an unknown stride give stride 1.
         tol: Relative width of the interval at which to stop.
+        progress: Is told how many frequencies were judged, and the interval so far.
 
     Raises:
         UsageError: If ``tol`` is not between 0 and 1.
@@ -90,7 +94,7 @@ def supremum(conv: InfiniteConv, *, tol: float = 1e-6) -> Spectrum:
     bad = count_not_finite(conv.weight)
     if bad:
         raise OperatorError(f"{bad} of {conv.weight.numel()} weights are NaN or infinite")
-    found = enclose_supremum(conv.weight, conv.geometry, tol=tol)
+    found = enclose_supremum(conv.weight, conv.geometry, tol=tol, progress=progress)
     if not math.isfinite(found.best):
         raise OperatorError(
             "the largest singular value is beyond float64's range", hint="look at its weights"
@@ -129,7 +133,12 @@ def any_size(weight: Tensor, geometry: ConvGeometry, *, tol: float = 1e-4) -> fl
 
 
 def enclose_supremum(
-    weight: Tensor, geometry: ConvGeometry, *, tol: float, effort: float = _EFFORT
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    tol: float,
+    effort: float = _EFFORT,
+    progress: Progress = silent,
 ) -> Enclosure:
     """Return an enclosure of sup ‖H(θ)‖ over all groups.
 
@@ -141,11 +150,22 @@ def enclose_supremum(
         return Enclosure(0.0, 0.0, 0.0, 0, True)
     stride = [s // gcd(s, d) for s, d in zip(geometry.stride, geometry.dilation, strict=True)]
     kernel = grouped(weight, geometry.groups).double() / scale
-    found = _search(polynomial(_trimmed(kernel), stride), tol, effort)
+
+    def told(count: int, low: float, high: float) -> None:
+        low, high = low * scale * (1 - 2 * EPS), high * scale * (1 + 2 * EPS)
+        progress(Step("symbol", message=f"{count} frequencies, σ₁ in {_outward(low, high)}"))
+
+    found = _search(polynomial(_trimmed(kernel), stride), tol, effort, told)
     lower, upper = found.lower * scale * (1 - 2 * EPS), found.upper * scale * (1 + 2 * EPS)
     if upper < sys.float_info.min:  # down there rounding is no longer relative
         lower, upper = max(0.0, math.nextafter(lower, 0.0)), math.nextafter(upper, math.inf)
     return Enclosure(lower, found.best * scale, upper, found.evaluations, found.tight)
+
+
+def _outward(low: float, high: float) -> str:
+    """Return an interval with four digits, which holds the one given."""
+    down, up = Context(prec=4, rounding=ROUND_FLOOR), Context(prec=4, rounding=ROUND_CEILING)
+    return f"[{down.create_decimal(Decimal(low)):g}, {up.create_decimal(Decimal(high)):g}]"
 
 
 def _trimmed(weight: Tensor) -> Tensor:
@@ -177,6 +197,8 @@ class _Search:
     """State of one search: the best value, what is proven, and the flops spent."""
 
     symbol: Polynomial
+    told: Callable[[int, float, float], None]
+    upper: float
     lower: float = 0.0
     best: float = 0.0
     evaluations: int = 0
@@ -214,6 +236,7 @@ class _Search:
                 self.lower = max(self.lower, float(low[:, 0].max()))
                 self.work += self._value_work * int(still.sum())
             self.evaluations += len(group)
+            self.told(self.evaluations, self.lower, max(self.upper, self.lower))
             bounds.append(bound)
         return torch.cat(bounds)
 
@@ -223,17 +246,20 @@ class _Search:
         return 8.0 * taps * out * channels + 200.0 + _VALUE_WORK * channels**3 * (channels > 1)
 
 
-def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
+def _search(
+    symbol: Polynomial, tol: float, effort: float, told: Callable[[int, float, float], None]
+) -> Enclosure:
     """Refine cells until the bound of every one is within ``tol`` of the best value, or the effort is spent."""
     degree = torch.tensor(symbol.degree, dtype=torch.float64)
-    state = _Search(symbol)
+    ceiling = float(((symbol.norms + symbol.rounding) * symbol.units).max())
+    state = _Search(symbol, told, ceiling)
     large = symbol.side >= LARGE_SIDE
     work = _TEST_WORK * symbol.side**3 if large else state._value_work
     angle = _FIRST_ANGLE if large else 2 * _FIRST_ANGLE
     counts = _first_grid(symbol.degree, angle, max(24.0, 0.7 * effort / work / symbol.groups))
     cells = _initial(symbol.groups, counts)
     waiting: list[_Cells] = []
-    settled, ceiling = 0.0, float(((symbol.norms + symbol.rounding) * symbol.units).max())
+    settled = 0.0
     while True:
         phi = cells.half @ degree * (1 + 4 * EPS)
         cosine = torch.where(phi < pi / 2, torch.cos(phi), 0.0)
@@ -247,6 +273,7 @@ def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
         if bool(good.any()):
             settled = max(settled, float(cells.bound[good].max()))
         cells = cells.take(~good)
+        state.upper = min(_highest((cells, *waiting), settled, state.lower), ceiling)
         if state.work > effort or ceiling <= state.lower * (1 + tol):
             break
         # Where the symbol is nearly flat no cell goes out early: then some at a time, or they fill gigabytes.
@@ -263,10 +290,14 @@ def _search(symbol: Polynomial, tol: float, effort: float) -> Enclosure:
         if not len(cells.group):
             break
         cells = _halved(cells, degree)
-    open_ = max((float(part.bound.max()) for part in (cells, *waiting) if len(part.group)), default=0.0)
-    upper = min(max(settled, open_, state.lower), ceiling)
+    upper = min(_highest((cells, *waiting), settled, state.lower), ceiling)
     best = max(state.best, state.lower)
     return Enclosure(state.lower, best, max(upper, best), state.evaluations, upper <= state.lower * (1 + tol))
+
+
+def _highest(parts: Sequence[_Cells], settled: float, lower: float) -> float:
+    """Return what no value exceeds, by the cells still in question and those that are settled."""
+    return max([settled, lower, *(float(part.bound.max()) for part in parts if len(part.group))])
 
 
 def _first_grid(degree: tuple[float, ...], angle: float, most: float) -> list[int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint_files import ROOT
 from cli_runs import run_shell
 from scenarios import SAMPLES
 
@@ -60,6 +66,39 @@ def test_a_reader_that_has_gone_away(folder: Path) -> None:
     done = run_shell("set -o pipefail; spectool ls net.pt --format csv -o >(exec head -0); sleep 0.1", folder)
     assert done.returncode == 0, done.stderr
     assert b"rror" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["", "-o /dev/stdout"])
+def test_a_disk_that_takes_a_part(folder: Path, unbuffered: str, output: str) -> None:
+    """Python's streams without a buffer say how much they wrote, and nothing if that is not all."""
+    line = (
+        f"export PYTHONUNBUFFERED={unbuffered}; ulimit -f 1; spectool ls net.pt --format json {output} > got"
+    )
+    done = run_shell(line, folder)
+    assert done.returncode == 2, done.stderr
+    assert b"File too large" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", [[], ["-o", "/dev/stdout"]])
+def test_a_pipe_that_does_not_wait(folder: Path, unbuffered: str, output: list[str]) -> None:
+    """A program that started us may have set its end so; the other end is ours, and the same."""
+    names = [f"{number}.{'x' * 200}" for number in range(900)]
+    torch.save({name: torch.zeros(1) for name in names}, folder / "many.pt")
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    command = [sys.executable, "-m", "spectool", "ls", "many.pt", "--format", "json", *output]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, cwd=folder, env=environment) as run:
+        os.close(write)
+        with os.fdopen(read, "rb") as stream:
+            head = stream.read(1)
+            time.sleep(0.3)  # the pipe fills meanwhile
+            data = head + stream.read()
+        said = run.stderr.read() if run.stderr else b""
+    assert run.returncode == 0, said
+    assert [row["tensor"] for row in json.loads(data)["tensors"]] == names
 
 
 def test_open_files_by_their_names(folder: Path) -> None:

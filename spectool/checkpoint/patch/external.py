@@ -37,12 +37,12 @@ def write_external(plan: Plan, out: Path, target: Path, force: bool) -> Written:
     stale = _replaced_data(target, plan) if force else {}
     with temporary_folder(target) as ready:
         names = {file: ready / new[name] for file, name in old.items()} | {path: ready / target.name}
-        for file, staged in names.items():
-            staged.parent.mkdir(parents=True, exist_ok=True)
-            write_copy(staged, file, plan, contents)
-        verify(ready / target.name, plan.checkpoint, plan.edits, out)
         homes = {file: target.parent / staged.relative_to(ready) for file, staged in names.items()}
         homes[path] = target
+        for file, staged in names.items():
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            write_copy(staged, file, plan, contents, homes[file])
+        verify(ready / target.name, plan.checkpoint, plan.edits, out)
         plan.check_sources()
         place_each([(staged, homes[file], force and file == path) for file, staged in names.items()])
     for file, number in stale.items():

@@ -11,9 +11,15 @@ from pathlib import Path
 
 from spectool.checkpoint.patch.content import Content
 from spectool.checkpoint.patch.copy import write_content
-from spectool.checkpoint.patch.place import look_of, place_each, place_folder, sync_folder
+from spectool.checkpoint.patch.place import look_of, place_each, place_folder, refuse_mounted, sync_folder
 from spectool.checkpoint.patch.plan import Plan
-from spectool.checkpoint.patch.temporary import new_file, remove, temporary_file, temporary_folder
+from spectool.checkpoint.patch.temporary import (
+    dress_folder,
+    new_file,
+    remove,
+    temporary_file,
+    temporary_folder,
+)
 from spectool.checkpoint.patch.types import Written
 from spectool.checkpoint.patch.verify import verify
 from spectool.checkpoint.source import Source
@@ -68,7 +74,7 @@ def write_index(plan: Plan, out: Path, target: Path, force: bool) -> Written:
     contents = plan.contents()
     with temporary_folder(target) as ready:
         for relative, source in files.items():
-            write_copy(ready / relative, source, plan, contents)
+            write_copy(ready / relative, source, plan, contents, homes[relative])
         verify(ready / name, plan.checkpoint, plan.edits, out)
         plan.check_sources()
         place_each([(ready / relative, home, force) for relative, home in homes.items()])
@@ -99,16 +105,26 @@ def replace_each(plan: Plan, out: Path) -> Written:
     return Written(out, tuple(ready), _runs(contents, {file: file for file in ready}))
 
 
-def write_copy(path: Path, source: Path, plan: Plan, contents: Mapping[Path, Content]) -> None:
-    """Write one file of several: with its changes if it has any, as it is otherwise."""
+def write_copy(path: Path, source: Path, plan: Plan, contents: Mapping[Path, Content], home: Path) -> None:
+    """Write one file of several: with its changes if it has any, as it is otherwise.
+
+    Args:
+        path: Where it is made.
+        source: What it is a copy of.
+        plan: The write it belongs to.
+        contents: The contents of every file that changes.
+        home: The name it will get; it looks like what it replaces there.
+    """
     content = contents.get(source) or Content(plan.sources.get(source) or Source(source), [])
-    with new_file(path, content.source.mode) as descriptor:
+    mode, owner = look_of(home, content.source.mode)
+    with new_file(path, mode, owner=owner) as descriptor:
         write_content(content, descriptor)
 
 
 def _write(
     plan: Plan, out: Path, target: Path, files: Mapping[Path, Path], entry: Path, force: bool
 ) -> Written:
+    refuse_mounted(target)
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise OutputError(f"{target} holds files already", hint="name a new folder, or give --force")
@@ -125,11 +141,12 @@ def _write(
     with temporary_folder(target) as ready:
         for relative, source in files.items():
             (ready / relative).parent.mkdir(parents=True, exist_ok=True)
-            write_copy(ready / relative, source, plan, contents)
+            write_copy(ready / relative, source, plan, contents, target / relative)
         verify(ready / entry, plan.checkpoint, plan.edits, out)
         for folder, _, _ in os.walk(ready, topdown=False):
             sync_folder(Path(folder))
-        ready.chmod(stat.S_IMODE(home.stat().st_mode) | stat.S_IRWXU)
+        mode, owner = look_of(target, stat.S_IMODE(home.stat().st_mode))
+        dress_folder(ready, mode | stat.S_IRWXU, owner)
         plan.check_sources()
         old = place_folder(ready, target, force)
         if old is not None:
@@ -144,7 +161,10 @@ def _write(
 
 def _strangers(folder: Path, files: Mapping[Path, Path]) -> list[Path]:
     """Return what a folder holds besides these files."""
-    present = (Path(place, name).relative_to(folder) for place, _, names in os.walk(folder) for name in names)
+    present = []
+    for place, folders, names in os.walk(folder):
+        links = (name for name in folders if Path(place, name).is_symlink())
+        present += [Path(place, name).relative_to(folder) for name in (*names, *links)]
     return sorted(path for path in present if path not in files)
 
 

@@ -17,6 +17,7 @@ from spectool.errors import OutputError
 _NO_LINKS = {
     errno.EPERM,
     errno.EOPNOTSUPP,
+    errno.ENOTSUP,  # another number than EOPNOTSUPP on macOS
     errno.ENOSYS,
     errno.EMLINK,
     errno.EACCES,
@@ -76,6 +77,19 @@ def destination(out: Path, force: bool) -> Path:
     return target
 
 
+def refuse_mounted(folder: Path) -> None:
+    """Refuse a folder as output that cannot be renamed: a disk is mounted there, as volumes are in containers.
+
+    Raises:
+        OutputError: If it is one.
+    """
+    if folder.is_dir() and os.path.ismount(folder):
+        raise OutputError(
+            f"{folder} cannot be replaced: a disk is mounted there",
+            hint=f"name a new folder in it: {folder / 'out'}",
+        )
+
+
 def look_of(target: Path, mode: int) -> tuple[int, tuple[int, int] | None]:
     """Return the mode that a file under this name should have, and its owner and group if it replaces one.
 
@@ -110,12 +124,20 @@ def place_file(ready: Path, target: Path, force: bool) -> None:
         try:
             os.link(ready, target)
         except FileExistsError:
-            raise _taken(target) from None
+            # A file server whose answer was lost is asked again, and finds what it made itself.
+            if not _same_file(ready, target):
+                raise _taken(target) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             _place_without_links(ready, target)
     sync_folder(target.parent)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return one.samefile(other)
+    return False
 
 
 def _place_without_links(ready: Path, target: Path) -> None:
@@ -179,9 +201,11 @@ def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
         OutputError, OSError: As ``place_file``.
     """
     steps: list[_Step] = []
+    folders: list[Path] = []
     try:
         try:
             for ready, target, force in files:
+                folders += [folder for folder in target.parents if not os.path.lexists(folder)]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 there = force and os.path.lexists(target)
                 step = _Step(ready, target, temporary_name(target, "old") if there else None)
@@ -193,6 +217,9 @@ def place_each(files: Sequence[tuple[Path, Path, bool]]) -> None:
         except BaseException:
             for step in reversed(steps):
                 step.undo()
+            for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+                with suppress(OSError):
+                    folder.rmdir()
             raise
         finally:
             _forget(steps)

@@ -29,12 +29,16 @@ def temporary_name(target: Path, suffix: str = "tmp") -> Path:
 
 
 @contextmanager
-def temporary_file(target: Path) -> Iterator[Path]:
+def temporary_file(target: Path, mode: int = 0o600) -> Iterator[Path]:
     """Create an empty file beside ``target``, its own; what stands there at the end is removed, whatever happened.
 
     What killed runs with the same target left behind is removed first.
+
+    Args:
+        target: What it will become.
+        mode: Its permissions, less what the umask takes.
     """
-    with _temporary(target, lambda path: os.open(path, _NEW, 0o600)) as path:
+    with _temporary(target, lambda path: os.open(path, _NEW, mode)) as path:
         yield path
 
 
@@ -66,10 +70,43 @@ def new_file(
     descriptor = os.open(path, _OLD if made else _NEW, 0o600)
     try:
         yield descriptor
-        path.chmod(_owned(descriptor, mode, owner))
-        os.fsync(descriptor)
+        _dress(path, descriptor, mode, owner)
+        with _unless_unknown():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def dress_folder(path: Path, mode: int, owner: tuple[int, int] | None) -> None:
+    """Give a folder its mode, and its owner as ``new_file`` does.
+
+    Raises:
+        OSError: If the system refuses.
+    """
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY | _CLOSE)
+    try:
+        _dress(path, descriptor, mode, owner)
+    finally:
+        os.close(descriptor)
+
+
+def _dress(path: Path, descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
+    # Where the disk has no permissions (FAT, many network and user-space file systems) its own stay: this is no
+    # reason to write nothing, and what was created for its owner alone has not been opened to anybody.
+    with _unless_unknown(errno.EPERM):
+        path.chmod(_owned(descriptor, mode, owner))
+
+
+@contextmanager
+def _unless_unknown(*more: int) -> Iterator[None]:
+    """Go on where a file system has no such operation at all; what fails otherwise is raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, *more):
+            raise
 
 
 def remove(path: Path) -> None:
@@ -80,6 +117,9 @@ def remove(path: Path) -> None:
         # A folder, unless the system refuses: it says so with one of several numbers.
         with suppress(OSError):
             if not path.is_symlink():
+                # Takes no file handle, which may be what there is none of.
+                with suppress(OSError):
+                    path.rmdir()
                 for folder, _, _ in os.walk(path):
                     with suppress(OSError):
                         Path(folder).chmod(stat.S_IRWXU)
@@ -122,8 +162,12 @@ def _temporary(target: Path, make: Callable[[Path], int]) -> Iterator[Path]:
                     lock = make(path)
                     if _held(lock, path):
                         break
+                    # Whoever holds it takes it for a leftover; where nothing can be locked, nobody else removes it.
+                    remove(path)
                     os.close(lock)
                 path, lock = temporary_name(target), -1
+            else:
+                raise OSError(errno.ENOLCK, "the file system locks nothing, and says that somebody else does")
             if sys.platform == "win32" and lock >= 0:
                 # An open file cannot be renamed there.
                 os.close(lock)
