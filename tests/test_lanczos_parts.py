@@ -19,9 +19,10 @@ from lanczos_tools import (
 )
 
 from spectool.errors import OperatorError
-from spectool.linear import ConvGeometry, ConvMap, LinearMap, MatrixMap, adjoint
+from spectool.linear import Composed, ConvGeometry, ConvMap, LinearMap, MatrixMap, adjoint
 from spectool.progress import Step
 from spectool.spectrum import lanczos as module
+from spectool.spectrum.finish import finish
 from spectool.spectrum.gram import Gram
 from spectool.spectrum.krylov import Krylov
 from spectool.spectrum.lanczos import lanczos
@@ -272,3 +273,20 @@ def test_rounds_do_not_exceed_the_failure_probability() -> None:
 def test_maps_are_the_protocol() -> None:
     assert isinstance(Counting(np.eye(3)), LinearMap)
     assert isinstance(Handing(), LinearMap)
+
+
+def test_a_run_that_found_only_the_null_space_says_so() -> None:
+    """A division by zero: what remained was rounding, and of σ₁ there was nothing to compare it with."""
+    A = Composed(
+        MatrixMap(torch.diag(torch.tensor([1.0, 0, 0, 0]).double()), dtype=torch.float64),
+        MatrixMap(torch.eye(4).double(), dtype=torch.float64),
+    )
+    gram = Gram(A)
+    null = torch.eye(4, dtype=torch.float64)[2:]
+    found = finish(
+        gram, null, 1, 1e-5, tau=1.0, sure=1.0, ceiling=2.0, converged=True, note="", most=0
+    )  # fmt: skip
+    assert found.values.tolist() == [0.0]
+    assert not found.converged
+    assert "rounding within the operator is all that is left" in found.note
+    assert found.tau >= 1.0

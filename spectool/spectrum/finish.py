@@ -81,7 +81,8 @@ def finish(
     if not bool((residuals <= tol).all()):
         missed = f"residual {float(residuals.max()):.1e} after the polish"
     elif pairs.accuracy > PROMISE * first:
-        missed = f"rounding within the operator, about {pairs.accuracy / first:.1e} of σ₁"
+        share = f"is about {pairs.accuracy / first:.1e} of σ₁" if first else "is all that is left"
+        missed = f"rounding within the operator {share}"
     elif converged and not accurate:
         missed = f"residual {float(residuals.max()):.1e}, too large for values that are this close"
     # What the vectors show of a function's rounding, in the type the verification may have had.

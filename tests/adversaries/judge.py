@@ -74,6 +74,8 @@ def judged(adversary: Adversary, run: Run) -> Verdict:
     except SpectoolError as error:
         allowed = "range" in str(error) or "overflow" in str(error) or "in float32" in str(error)
         return Verdict(() if allowed else (f"refused: {error}",), 0.0, None)
+    except Exception as error:
+        return Verdict((f"{type(error).__name__}: {error}",), 0.0, None)
     return Verdict(tuple(failures(found, adversary, run)), pressure(found, adversary), found)
 
 
