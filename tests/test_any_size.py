@@ -240,3 +240,13 @@ def test_progress_tells_how_far_the_search_is(tmp_path: Path) -> None:
     sampled = float(np.linalg.svd(spectrum, compute_uv=False).max())
     assert all(sampled <= high for high in upper)
     assert all(low <= sampled / math.cos(math.pi / grid) ** 2 for low in lower)
+
+
+def test_tiny_symbols_are_charged_for_more_than_their_flops() -> None:
+    """A flat symbol of 10×3 took 36 s, since 30 million of its frequencies have as few flops as the effort allows."""
+    weight = gaussian(10, 3, 3, 3)
+    weight[0, 0, 0, 0] = 1e6
+    found = enclose_supremum(weight, geometry(2), tol=1e-12, effort=1e9)
+    assert not found.tight
+    assert 50_000 < found.evaluations < 300_000
+    assert found.upper < found.lower * 1.0001

@@ -39,6 +39,7 @@ from spectool.spectrum.symbol import LARGE_SIDE, Polynomial, polynomial
 from spectool.spectrum.types import Spectrum
 
 _EFFORT = 1e11  # flops, a few seconds of one core
+_OVERHEAD = 6000.0  # what a frequency takes beside its flops, as many of them
 _TEST_WORK, _VALUE_WORK = 6.0, 35.0  # flops per side³ of a Cholesky test and of eigenvalues, as measured
 _CHUNK_BYTES = 1 << 26
 _MOST_CELLS = 1 << 17  # that are cut at a time
@@ -243,7 +244,7 @@ class _Search:
     @property
     def _value_work(self) -> float:
         _, taps, out, channels = self.symbol.coefficients.shape
-        return 8.0 * taps * out * channels + 200.0 + _VALUE_WORK * channels**3 * (channels > 1)
+        return 8.0 * taps * out * channels + _OVERHEAD + _VALUE_WORK * channels**3 * (channels > 1)
 
 
 def _search(
