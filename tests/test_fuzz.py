@@ -365,3 +365,30 @@ def test_what_ordinary_loaders_see_otherwise_is_found(
             patch.setattr("spectool.ls", lambda _, seen=seen: seen)
             found = differences(path)
         assert any(text in line for line in found), (text, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_that_names_a_constant_it_does_not_hold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.ReLU()
+    net = torch.nn.Sequential(*first, torch.nn.Conv2d(2, 2, 3), torch.nn.BatchNorm2d(2)).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(1, 1, 8, 8),)), tmp_path / "good.pt2")
+    with zipfile.ZipFile(tmp_path / "good.pt2") as good, zipfile.ZipFile(tmp_path / "net.pt2", "w") as bad:
+        for name in good.namelist():
+            data = good.read(name)
+            if "/models/" in name:
+                assert b'"parameter_name": "1.weight"' in data
+                data = data.replace(b'"parameter_name": "1.weight"', b'"parameter_name": "gone"')
+            bad.writestr(name, data)
+    report = inspect(tmp_path / "net.pt2", k=1)
+    rows = {row.layer: row for row in report.rows}
+    assert "constants of the program are not stored: gone" in report.notes[0]
+    assert rows["gone"].status == rows["0.weight + gone"].status == "skipped"
+    assert "'gone' is not stored in the file" in rows["gone"].note
+    assert rows["0.weight"].status == rows["3.weight + 4.weight"].status == "ok"
+    # The mean of the second batch norm follows from the first one's, which is not known.
+    clipped = clip(tmp_path / "net.pt2", max={"3.weight + 4.weight": 0.1}, out=tmp_path / "out.pt2")
+    made = {row.row.layer: row for row in clipped.rows}
+    assert made["3.weight + 4.weight"].action == "clipped"
+    assert made["3.weight + 4.weight"].row.sigma_upper[0] <= 0.1
+    assert "'gone' is not stored in the file" in made["3.weight + 4.weight"].reason

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spectool.clip.moments import Moments, moments_of, scaled, unknown
 from spectool.clip.taps import explained, matrices, outputs, variances
+from spectool.errors import OperatorError
 from spectool.graph.types import BatchNorm, Conv, Graph, Linear, Node, Region
 from spectool.lower.replay import constant_names, execute
 
@@ -80,28 +81,35 @@ def recentred(
         norms = any(isinstance(node.op, BatchNorm) for node in region.nodes)
         if not norms and not (biases and any(_has_bias(node) for node in region.nodes)):
             continue
-        moments = moments_of(producer, region.root, old, behind)
-        if not touched and (moments is None or moments.same):
-            continue
-        if region.in_shape is None:
-            made.reasons[region.key] = "its input size is not known"
-            continue
-        if moments is None:
-            mean = _explaining_mean(region, old)
-            if mean is None:
-                made.reasons[region.key] = "the mean of its input is not known without data (--calibrate)"
+        try:
+            moments = moments_of(producer, region.root, old, behind)
+            if not touched and (moments is None or moments.same):
                 continue
-            moments = unknown(mean)
-        else:
-            moments = _corrected(region, moments, old)
-        was, now = _constant_map(moments.mean, region), _constant_map(moments.new_mean, region)
-        if was is None or now is None:
-            made.reasons[region.key] = (
-                "its input has another number of channels than the batch norm before it"
-            )
-            continue
-        _Walk(region, old, new, moments, made, behind, biases, touched).follow(was, now)
+            start = _start(region, moments, old)
+            if isinstance(start, str):
+                made.reasons[region.key] = start
+                continue
+            _Walk(region, old, new, start[0], made, behind, biases, touched).follow(*start[1:])
+        except OperatorError as error:  # a constant that the file does not hold
+            made.reasons[region.key] = str(error)
     return made
+
+
+def _start(region: Region, moments: Moments | None, old: Load) -> tuple[Moments, Tensor, Tensor] | str:
+    """Return moments of a region's input, with the maps of its old and new mean; or why there are none."""
+    if region.in_shape is None:
+        return "its input size is not known"
+    if moments is None:
+        mean = _explaining_mean(region, old)
+        if mean is None:
+            return "the mean of its input is not known without data (--calibrate)"
+        moments = unknown(mean)
+    else:
+        moments = _corrected(region, moments, old)
+    was, now = _constant_map(moments.mean, region), _constant_map(moments.new_mean, region)
+    if was is None or now is None:
+        return "its input has another number of channels than the batch norm before it"
+    return moments, was, now
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spectool.errors import GraphError
+from spectool.errors import GraphError, OperatorError
 from spectool.graph.aten import Slot
 from spectool.graph.boundaries import Wall, wall_kind
 from spectool.graph.recorded import survey_recorded, unused
@@ -43,8 +43,8 @@ def survey_exported(checkpoint: Checkpoint, document: Mapping[str, Any]) -> Surv
         missing = [name for name in graph.constants if name not in checkpoint.tensors]
         notes = [f"{len(missing)} constants of the program are not stored: {missing[0]}"] if missing else []
         # A call may have arguments that its operation cannot have: that shows where it is translated.
-        found = survey_recorded(graph, {}, checkpoint.read, walls=walls, source="exported", notes=notes)
-    except _MALFORMED as error:
+        found = survey_recorded(graph, {}, _reader(checkpoint), walls=walls, source="exported", notes=notes)
+    except (*_MALFORMED, OperatorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise GraphError(
             f"{checkpoint.path}: its graph does not follow torch.export's schema ({reason})",
@@ -52,6 +52,16 @@ def survey_exported(checkpoint: Checkpoint, document: Mapping[str, Any]) -> Surv
         ) from error
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     return replace(found, notes=(*found.notes, *unused(found, shapes, {})))
+
+
+def _reader(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    def read(name: str) -> torch.Tensor:
+        """Raises: OperatorError: If the program names a constant that the archive does not hold."""
+        if name not in checkpoint.tensors and name not in checkpoint.unread:
+            raise OperatorError(f"the program's constant {name[:80]!r} is not stored in the file")
+        return checkpoint.read(name)
+
+    return read
 
 
 def _graph(document: Mapping[str, Any]) -> tuple[Graph, dict[str, Wall]]:
