@@ -22,7 +22,7 @@ from fuzz.guard import Guard
 from fuzz.mutate import mutant, steps_of
 from fuzz.run import Worker, minimise, plan
 from onnx import helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spectool import clip, inspect
 from spectool.checkpoint import open_checkpoint
@@ -392,3 +392,53 @@ def test_an_exported_program_that_names_a_constant_it_does_not_hold(tmp_path: Pa
     assert made["3.weight + 4.weight"].action == "clipped"
     assert made["3.weight + 4.weight"].row.sigma_upper[0] <= 0.1
     assert "'gone' is not stored in the file" in made["3.weight + 4.weight"].reason
+
+
+def test_a_bias_of_nan_stops_one_clip_and_not_the_run(tmp_path: Path) -> None:
+    """The matrices that share a limit are tried at zero, where nothing but the bias is left."""
+    first, second, third = om.weights(5, 4, seed=1), om.weights(3, 5, seed=2), om.weights(3, 3, seed=3)
+    bias = np.array([0, np.nan, 0, 0, 0], np.float32)
+    nodes = [
+        om.node("Gemm", "x v b", "h", transB=1),
+        om.node("Gemm", "h w", "g", transB=1),
+        om.node("Relu", "g", "r"),
+        om.node("Gemm", "r u", "y", transB=1),
+    ]
+    body = om.graph(nodes, {"x": (1, 4)}, "y", {"v": first, "b": bias, "w": second, "u": third})
+    (tmp_path / "net.onnx").write_bytes(om.model(body).SerializeToString())
+    made = {row.row.layer: row for row in clip(tmp_path / "net.onnx", max=0.5, dry_run=True).rows}
+    assert made["u"].action == "clipped"
+    composed = made["v + w"]
+    assert composed.action in ("clipped", "refused")
+    assert composed.action == "clipped" or "NaN or infinite values" in composed.reason
+
+
+def test_a_batch_norm_with_factors_of_another_length(tmp_path: Path) -> None:
+    kernel, ones = om.weights(3, 2, 1, 1), np.ones(3, np.float32)
+    nodes = [
+        om.node("BatchNormalization", "x five ones ones ones", "h"),
+        om.node("Relu", "h", "r"),
+        om.node("Conv", "r w", "y"),
+    ]
+    tensors = {"w": kernel.transpose(1, 0, 2, 3).copy(), "five": np.ones(5, np.float32), "ones": ones}
+    body = om.graph(nodes, {"x": ("n", 3, "h", "k")}, "y", tensors)
+    (tmp_path / "net.onnx").write_bytes(om.model(body).SerializeToString())
+    rows = {row.layer: row for row in inspect(tmp_path / "net.onnx", k=1).rows}
+    assert rows["five"].status == "skipped"
+    assert rows["w"].status == "ok"
+
+
+def test_a_factor_of_integers_is_taken_as_its_numbers(tmp_path: Path) -> None:
+    down = torch.tensor([[1, 2, 0], [0, 1, -3]], dtype=torch.int32)
+    up = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    key = "base_model.model.q_proj.lora_{}.weight"
+    save_file({key.format("A"): down, key.format("B"): up}, tmp_path / "lora.safetensors")
+    (row,) = inspect(tmp_path / "lora.safetensors", k=1).rows
+    truth = np.linalg.norm(up.double().numpy() @ down.double().numpy(), 2)
+    assert row.sigma[0] == pytest.approx(truth, rel=1e-6)
+    report = clip(tmp_path / "lora.safetensors", max=truth / 2, out=tmp_path / "out.safetensors")
+    assert report.rows[0].action == "clipped"
+    written = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(written[key.format("A")], down)
+    product = written[key.format("B")].double().numpy() @ down.double().numpy()
+    assert np.linalg.norm(product, 2) <= truth / 2

@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from spectool.errors import OperatorError
 from spectool.linear import LinearMap
 
 
@@ -54,6 +55,9 @@ def leading(
         excess: Be content with a residual of ``excess`` times what the first is above ``level``, relatively.
         blocks: Most blocks to apply, each ``count`` pairs of applications.
         depth: Blocks in the basis beside what a restart keeps.
+
+    Raises:
+        OperatorError: If the map gives NaN or infinite values.
     """
     n = prod(A.in_shape)
     count = min(count, n)
@@ -69,6 +73,10 @@ def leading(
         moved = A.matvec(block.reshape(len(block), *A.in_shape)).reshape(len(block), -1)
         basis, images = torch.cat([basis, block]), torch.cat([images, moved])
         gram = images @ images.T
+        if not bool(gram.isfinite().all()):
+            raise OperatorError(
+                "the operator gives NaN or infinite values", hint="look at its weights and biases"
+            )
         eigenvalues, turn = torch.linalg.eigh(0.5 * (gram + gram.T))
         eigenvalues, turn = eigenvalues.flip(0).clamp_min(0), turn.flip(1)
         values = eigenvalues[:count].sqrt()

@@ -295,7 +295,14 @@ def _scale(node: Node, load: Load) -> Tensor:
         raise OperatorError(f"{node.name} is not a batch norm")
     gamma, variance = node.inputs[1], node.inputs[4]
     scale = torch.rsqrt(load(variance).double() + node.op.eps)
-    return load(gamma).double() * scale if gamma else scale
+    if not gamma:
+        return scale
+    factor = load(gamma).double()
+    if factor.numel() != 1 and factor.shape != scale.shape:
+        raise OperatorError(
+            f"a batch norm of {tuple(scale.shape)} variances cannot have {tuple(factor.shape)} factors"
+        )
+    return factor * scale
 
 
 def _norm(

@@ -49,6 +49,7 @@ def _(op: Conv, arguments: Arguments) -> Tensor:
     x, weight, *rest = arguments
     if x is None or weight is None:
         raise OperatorError("a convolution needs an input and a weight")
+    weight = _numbers(weight, x)
     bias = rest[0] if rest else None
     g = op.geometry
     if g.transposed:
@@ -69,6 +70,7 @@ def _(op: Linear, arguments: Arguments) -> Tensor:
     x, weight, *rest = arguments
     if x is None or weight is None:
         raise OperatorError("a linear layer needs an input and a weight")
+    weight = _numbers(weight, x)
     bias = rest[0] if rest else None
     if op.axis == -2:
         matrix = weight.transpose(-1, -2) if op.transposed else weight
@@ -78,6 +80,11 @@ def _(op: Linear, arguments: Arguments) -> Tensor:
     if op.alpha != 1.0:
         y = op.alpha * y
     return y if bias is None else y + bias
+
+
+def _numbers(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a weight of integers as the numbers they are."""
+    return weight.to(x.dtype) if not (weight.is_floating_point() or weight.is_complex()) else weight
 
 
 @execute.register(BatchNorm)
