@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ _FAR = 80
 
 _BALANCED = 20
 """Binary orders of magnitude up to which the largest entry of a factor of a composition is left alone."""
+
+_TOGETHER = 1 << 21
+"""Entries of the rows that are applied at once: beyond that a larger batch saves no time, and what an application holds
+on the way (patches, recordings of a function) is that many times as much."""
 
 _LIMIT = 120
 """Largest binary order of magnitude of f: float32 ends at 127."""
@@ -192,12 +197,23 @@ class Gram:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply f·M to rows ``(b, size)``; returns ``(b, other size)``. The factor goes first: no overflow."""
         self._spent[0] += x.shape[0]
-        return self._rows(self.map.matvec(self._shaped(self._scaled(x), self.map.in_shape)))
+        return self._in_parts(
+            lambda rows: self._rows(self.map.matvec(self._shaped(self._scaled(rows), self.map.in_shape))), x
+        )
 
     def backward(self, y: torch.Tensor) -> torch.Tensor:
         """Apply f·Mᵀ to rows ``(b, other size)``; returns ``(b, size)``."""
         self._spent[0] += y.shape[0]
-        return self._rows(self.map.rmatvec(self._shaped(self._scaled(y), self.map.out_shape)))
+        return self._in_parts(
+            lambda rows: self._rows(self.map.rmatvec(self._shaped(self._scaled(rows), self.map.out_shape))), y
+        )
+
+    def _in_parts(self, apply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        larger = max(math.prod(self.map.in_shape), math.prod(self.map.out_shape))
+        most = max(1, _TOGETHER // max(1, larger))
+        if len(x) <= most:
+            return apply(x)
+        return torch.cat([apply(x[begin : begin + most]) for begin in range(0, len(x), most)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply B to rows ``(b, size)``; the result is the caller's to overwrite. Costs b pairs."""
