@@ -120,7 +120,7 @@ def _solved_row(row: Row, item: Region, load: Load, options: Options, progress: 
             )
         operator = lower(item, load, dtype=options.dtype, device=options.device)
     except OperatorError as error:
-        reason = f"cannot be built: {error}"
+        reason = f"cannot be built: {error.in_full}"
         return replace(
             row, status="skipped", note=_join(row.note, reason), seconds=time.perf_counter() - start
         )

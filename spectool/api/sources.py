@@ -107,7 +107,7 @@ def _within(item: Region | Skipped, limits: Limits) -> Region | Skipped:
             item.kind,
             item.weights,
             item.weight_shapes,
-            f"{error} ({error.hint})",
+            error.in_full,
             operators=item.operators,
         )
     return item

@@ -73,9 +73,9 @@ class Adversary:
 
 def exactly(text: str, build: Callable[[torch.dtype], LinearMap], sigma: Matrix, **more: object) -> Adversary:
     """An operator whose values are known to the last bit (or to ``ulps`` of each)."""
-    ulps = float(more.pop("ulps", 0.0))  # type: ignore[arg-type]
+    ulps = float(more.pop("ulps", 0.0))
     sigma = np.sort(np.asarray(sigma, dtype=np.float64))[::-1]
-    return Adversary(text, build, sigma, sigma * (1 - ulps * EPS), sigma * (1 + ulps * EPS), **more)  # type: ignore[arg-type]
+    return Adversary(text, build, sigma, sigma * (1 - ulps * EPS), sigma * (1 + ulps * EPS), **more)
 
 
 def by_numpy(
@@ -93,7 +93,7 @@ def by_numpy(
                 end.append(np.ldexp(values, exponent))
     # The i-th largest of all lower ends is below the i-th largest value, whichever block that is from.
     sigma, low, high = (np.sort(np.concatenate(end))[::-1] for end in ends)
-    return Adversary(text, build, sigma, np.maximum(low - 1e-322, 0), high + 1e-322, **more)  # type: ignore[arg-type]
+    return Adversary(text, build, sigma, np.maximum(low - 1e-322, 0), high + 1e-322, **more)
 
 
 def by_mpmath(text: str, build: Callable[[torch.dtype], LinearMap], matrix: mpmath.matrix) -> Adversary:

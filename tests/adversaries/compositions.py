@@ -91,7 +91,7 @@ def sums(draw: Draw) -> Adversary | None:
         working = stored if stuck else working
         if stored == torch.float64:
             working = torch.float64  # a cast of the weights would be another operator
-        return FunctionMap(make(working), (n,), dtype=working, remake=None if stuck else make)  # type: ignore[arg-type]
+        return FunctionMap(make(working), (n,), dtype=working, remake=None if stuck else make)
 
     with mpmath.workdps(DIGITS):
         exact = precise(first) + precise(second)

@@ -64,7 +64,7 @@ def judged(adversary: Adversary, run: Run) -> Verdict:
             else svds(
                 built,
                 run.k,
-                method=run.method,  # type: ignore[arg-type]
+                method=run.method,
                 certify=run.certify,
                 seed=run.seed,
                 max_matvecs=run.cap,

@@ -27,7 +27,7 @@ def needles(draw: Draw) -> Adversary | None:
         return lambda x: (x[:, back] * copy)[:, order]
 
     def build(working: torch.dtype) -> LinearMap:
-        return FunctionMap(make(working), (n,), dtype=working, remake=make)  # type: ignore[arg-type]
+        return FunctionMap(make(working), (n,), dtype=working, remake=make)
 
     return exactly(f"needle in {n}", build, weight.double().numpy(), iterate=False)
 

@@ -21,7 +21,7 @@ def as_map(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> LinearMap:
         return lambda x: x @ copy.T
 
     remake = make if kind == "function" else None
-    return FunctionMap(make(dtype), (weight.shape[1],), dtype=dtype, remake=remake)  # type: ignore[arg-type]
+    return FunctionMap(make(dtype), (weight.shape[1],), dtype=dtype, remake=remake)
 
 
 def _kind(draw: Draw, weight: torch.Tensor) -> str:

@@ -69,7 +69,7 @@ class Search:
         before = time.process_time()
         for found in self.steps():
             now = time.process_time()
-            self.seconds[found.family] += now - before  # type: ignore[assignment]
+            self.seconds[found.family] += now - before
             before = now
             if found.verdict.failures:
                 yield found
